@@ -1,0 +1,1 @@
+"""Compile, deploy, check: the verbs."""

@@ -1,0 +1,34 @@
+"""How kernels are computed: kernel name -> target kind -> schedule. One literal table, keyed by
+names that we attach.
+
+A row is either a schedule of a TE kernel, ``schedule(func, target) -> PrimFunc``, which the pass
+``ApplySchedules`` calls on the PrimFunc tagged with that name, or the builder of a TIR kernel,
+``build(problem, target) -> PrimFunc``, which the operator's lowering calls through ``tir_builder``
+with its description of the problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm.target import Target
+from tvm.tirx import PrimFunc
+
+from ..runtime.errors import UnsupportedError
+
+SCHEDULES: dict[str, dict[str, Callable[[PrimFunc, Target], PrimFunc]]] = {}
+
+TIR_BUILDERS: dict[str, dict[str, Callable[[Any, Target], PrimFunc]]] = {}
+
+
+def tir_builder(name: str, target: Target) -> Callable[[Any, Target], PrimFunc]:
+    """The builder of kernel ``name`` for ``target``; ``UnsupportedError`` naming the kinds that
+    have one.
+    """
+    rows = TIR_BUILDERS[name]
+    if target.kind.name not in rows:
+        raise UnsupportedError(
+            f"kernel {name}: found target {target.kind.name!r}, allowed {sorted(rows)}"
+        )
+    return rows[target.kind.name]

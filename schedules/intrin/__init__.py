@@ -1,0 +1,1 @@
+"""Tensor intrinsics: scalar meaning, implementation, name, registration."""
