@@ -35,6 +35,10 @@ class ArtifactError(OpferryError):
     """A saved module is damaged, incomplete, of another version or for another machine."""
 
 
-def message(node: str, subject: str, found: object, allowed: object) -> str:
-    """The form of every refusal: ``<node>: <subject>: found <found>, allowed <allowed>``."""
-    return f"{node}: {subject}: found {found}, allowed {allowed}"
+def message(node: str, subject: str, found: object, allowed: object, code: str = "") -> str:
+    """The form of every refusal: ``<node>: <subject>: found <found>, allowed <allowed>``.
+
+    `node` is a label such as ``NPUQuantMatmul node "fc1"``, `subject` such as ``input "x1"``;
+    `code` is the error class of the operator's specification (``E-SHAPE``), appended in brackets.
+    """
+    return f"{node}: {subject}: found {found}, allowed {allowed}" + (f" [{code}]" if code else "")

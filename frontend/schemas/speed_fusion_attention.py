@@ -47,8 +47,8 @@ def _infer(ctx: InferenceContext) -> None:
 SCHEMA = define(
     "mindspore",
     "SpeedFusionAttention",
-    "Dropout(Softmax(Mask(score), atten_mask), keep_prob) * value with position bias, grouped-query "
-    "heads, five layouts and packed sequences of different lengths; forward only.",
+    "Dropout(Softmax(Mask(score), atten_mask), keep_prob) * value with position bias, "
+    "grouped-query heads, five layouts and packed sequences of different lengths; forward only.",
     inputs=[
         parameter("query", "T", "(B,S1,H1), (S1,B,H1), (B,N1,S1,D), (B,S1,N1,D) or (T1,N1,D)"),
         parameter("key", "T", "by input_layout, N2 heads, S2 keys"),
