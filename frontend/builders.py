@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, ModelProto, TensorProto, TypeProto, helper, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper
 from onnx.defs import OpSchema
 
-from ..runtime.errors import InvalidNodeError, message
+from ..runtime.errors import InvalidNodeError, InvalidTypeError, message
 from . import schemas
 from .schemas.check import check_arity, check_domain_versions, check_types, decode_attributes
 
@@ -19,6 +19,12 @@ TensorType = tuple[object, Sequence[int | str | None]]
 """(dtype, shape): anything np.dtype takes (ml_dtypes.bfloat16 too), sizes or symbols or None."""
 
 _IR_VERSION = 10  # the oldest that carries opset 21: readable by older tools
+_LAST_STORED_DIM_MAX = 65535
+_LINEAR_OUTPUT_DTYPES = {
+    "int8": TensorProto.INT8,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+}
 
 
 def node_model(
@@ -213,3 +219,256 @@ def _tensor(value, name: str) -> TensorProto:
             message("node_model", f'initializer "{name}"', "a type without data", "an array")
         )
     return numpy_helper.from_array(np.asarray(value), name)
+
+
+def linear_a8w8_quant(
+    in_features: int,
+    out_features: int,
+    bias: bool = True,
+    offset: bool = False,
+    pertoken_scale: bool = False,
+    output_dtype: object = None,
+    *,
+    name: str = "linear",
+    input: str = "x",
+    output: str = "y",
+) -> NodeProto:
+    """The node of torch_npu's `LinearA8W8Quant` module: `npu::NPUQuantMatmul`, transpose_x2 = 1.
+
+    Reads `input` (.., m, in_features) int8 and the tensors `<name>.weight` (out_features,
+    in_features) int8, `<name>.scale` (1,) or (out_features,) and, as asked for, `<name>.bias`
+    (out_features,), `<name>.offset` (1,) or (out_features,) float32, `<name>.pertoken_scale` (m,)
+    float32; writes `output` (.., m, out_features).
+
+    Args:
+        output_dtype: None or int8, float16, bfloat16, as anything np.dtype takes. int32, which the
+            function behind the module has, is refused as the module refuses it.
+
+    Raises:
+        InvalidTypeError: a size is not an int, a flag not a bool, a name not a str, output_dtype
+            no dtype.
+        InvalidNodeError: a size is out of range, or the combination has no meaning.
+    """
+    label = f'LinearA8W8Quant node "{name}"'
+    for argument, value in (("in_features", in_features), ("out_features", out_features)):
+        _expect(label, argument, value, int, "an int")
+        if value < 1:
+            raise InvalidNodeError(message(label, argument, value, "at least 1", "E-EMPTY"))
+    if in_features > _LAST_STORED_DIM_MAX:
+        raise InvalidNodeError(
+            message(label, "in_features", in_features, f"at most {_LAST_STORED_DIM_MAX}", "E-LIMIT")
+        )
+    flags = {"bias": bias, "offset": offset, "pertoken_scale": pertoken_scale}
+    for argument, value in flags.items():
+        _expect(label, argument, value, bool, "a bool")
+    for argument, value in (("name", name), ("input", input), ("output", output)):
+        _expect(label, argument, value, str, "a str")
+    dtype = _linear_output_dtype(label, output_dtype)
+    if offset and dtype != "int8":
+        raise InvalidNodeError(
+            message(label, "offset", f"with {dtype} output", "int8 output only", "E-COMBO")
+        )
+    if pertoken_scale and dtype == "int8":
+        raise InvalidNodeError(
+            message(
+                label,
+                "pertoken_scale",
+                "with int8 output",
+                "float16 or bfloat16 output only",
+                "E-COMBO",
+            )
+        )
+    schema = schemas.linear_a8w8_quant.SCHEMA
+    present = {"x1", "x2", "scale"} | {argument for argument, value in flags.items() if value}
+    values = {"x1": input, "x2": f"{name}.weight"}
+    return helper.make_node(
+        schema.name,
+        _ended(
+            [
+                values.get(p.name, f"{name}.{p.name}") if p.name in present else ""
+                for p in schema.inputs
+            ]
+        ),
+        [output],
+        name=name,
+        domain=schema.domain,
+        doc_string=f"LinearA8W8Quant(in_features={in_features}, out_features={out_features})",
+        output_dtype=_LINEAR_OUTPUT_DTYPES[dtype],
+        transpose_x2=1,
+    )
+
+
+def npu_trans_quant_param(
+    scale: np.ndarray, offset: np.ndarray | None = None, round_mode: int = 0
+) -> np.ndarray:
+    """Pack float32 scales and offsets into 64-bit quantisation parameters.
+
+    Bits 31..13 hold the upper 19 bits of the scale, bits 45..37 the offset, rounded to even and
+    clipped to -256..255, in two's complement; bit 46 is set, all others are zero.
+
+    Args:
+        scale: float32, (t,) or (1, n), finite.
+        offset: float32, (t,) or (1, n), finite; lengths 1 and n broadcast.
+        round_mode: 0 truncates the scale's mantissa to 10 bits; 1 rounds it to nearest even, with
+            a carry into the exponent, and turns subnormals into a signed zero.
+
+    Returns:
+        int64, (longer of the two,).
+
+    Raises:
+        InvalidTypeError: not float32 arrays, or round_mode not an int.
+        InvalidNodeError: a shape, a pair of lengths or a round_mode that is not allowed.
+    """
+    label = "npu_trans_quant_param"
+    _expect(label, "round_mode", round_mode, int, "an int")
+    if round_mode not in (0, 1):
+        raise InvalidNodeError(message(label, "round_mode", round_mode, "0 or 1"))
+    bits = _float32_vector(label, "scale", scale).view(np.uint32)
+    if round_mode == 1:
+        exponent = bits & np.uint32(0x7F800000)
+        rounded = bits + np.uint32(0x0FFF) + ((bits >> np.uint32(13)) & np.uint32(1))
+        rounded = np.where(exponent == 0x7F800000, bits, rounded)
+        bits = np.where(exponent == 0, bits & np.uint32(0x80000000), rounded)
+    packed = (bits & np.uint32(0xFFFFE000)).astype(np.int64) | np.int64(1 << 46)
+    if offset is None:
+        return packed
+    offset = _float32_vector(label, "offset", offset)
+    if len(packed) != len(offset) and 1 not in (len(packed), len(offset)):
+        raise InvalidNodeError(
+            message(label, "offset", f"length {len(offset)}", f"length 1 or {len(packed)}")
+        )
+    nine_bits = np.clip(np.rint(offset), -256, 255).astype(np.int64) & 0x1FF
+    return packed | (nine_bits << 37)
+
+
+def speed_fusion_attention(
+    query: str,
+    key: str,
+    value: str,
+    head_num: int,
+    input_layout: str,
+    *,
+    pse: str | None = None,
+    padding_mask: str | None = None,
+    atten_mask: str | None = None,
+    scale: float = 1.0,
+    keep_prob: float = 1.0,
+    pre_tokens: int = 2147483647,
+    next_tokens: int = 2147483647,
+    inner_precise: int = 0,
+    prefix: str | Sequence[int] | None = None,
+    actual_seq_qlen: str | Sequence[int] | None = None,
+    actual_seq_kvlen: str | Sequence[int] | None = None,
+    sparse_mode: int = 0,
+    gen_mask_parallel: bool = True,
+    sync: bool = False,
+    pse_type: int = 1,
+    q_start_idx: str | Sequence[int] | None = None,
+    kv_start_idx: str | Sequence[int] | None = None,
+    seed: str | int | None = None,
+    offset: str | int | None = None,
+    softmax_layout: str = "",
+    outputs: Sequence[str] = ("attention_out",),
+    name: str = "",
+) -> NodeProto:
+    """The node of `mindspore.ops.speed_fusion_attention(...)`, argument by argument.
+
+    Tensors are given by the names of their values. Arguments that exist in a constant and a
+    runtime form (prefix to offset) are an int or a list of int, or such a name. MindSpore takes
+    seed and offset from its generator; here the caller passes them, and absent means 0.
+
+    Args:
+        outputs: names of the values to write, in the operator's order (attention_out,
+            softmax_max, softmax_sum, softmax_out, seed, offset, numels); "" for one not wanted.
+        name: the node's name.
+
+    Raises:
+        InvalidTypeError: an argument of another type.
+        InvalidNodeError: a required tensor is missing or padding_mask is given. Values, shapes and
+            modes are judged when the model is compiled.
+    """
+    tensors = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "pse": pse,
+        "padding_mask": padding_mask,
+        "atten_mask": atten_mask,
+    }
+    attributes = {
+        "head_num": head_num,
+        "input_layout": input_layout,
+        "scale": scale,
+        "keep_prob": keep_prob,
+        "pre_tokens": pre_tokens,
+        "next_tokens": next_tokens,
+        "inner_precise": inner_precise,
+        "sparse_mode": sparse_mode,
+        "gen_mask_parallel": int(gen_mask_parallel),
+        "sync": int(sync),
+        "pse_type": pse_type,
+        "softmax_layout": softmax_layout,
+    }
+    schema = schemas.speed_fusion_attention.SCHEMA
+    label = f'{schema.name} node "{name or next(iter(outputs), "")}"'
+    for argument, found in tensors.items():
+        if found is not None:
+            _expect(label, f'input "{argument}"', found, str, "the name of a tensor")
+    either_form = {
+        "prefix": prefix,
+        "actual_seq_qlen": actual_seq_qlen,
+        "actual_seq_kvlen": actual_seq_kvlen,
+        "q_start_idx": q_start_idx,
+        "kv_start_idx": kv_start_idx,
+        "seed": seed,
+        "offset": offset,
+    }
+    for argument, found in either_form.items():
+        (tensors if isinstance(found, str) else attributes)[argument] = found
+    node = helper.make_node(
+        schema.name,
+        _ended([tensors.get(p.name) or "" for p in schema.inputs]),
+        list(outputs),
+        name=name,
+        domain=schema.domain,
+    )
+    node.attribute.extend(
+        attribute_proto(schema, argument, found)
+        for argument, found in attributes.items()
+        if found is not None
+    )
+    check_arity(node, schema)
+    decode_attributes(node, schema)
+    return node
+
+
+def _linear_output_dtype(label: str, output_dtype: object) -> str:
+    """Name of the output type of the linear module; None is int8."""
+    try:
+        dtype = "int8" if output_dtype is None else np.dtype(output_dtype).name
+    except TypeError as error:
+        raise InvalidTypeError(
+            message(label, "output_dtype", repr(output_dtype), "None or a dtype", "E-ATTR")
+        ) from error
+    if dtype not in _LINEAR_OUTPUT_DTYPES:
+        allowed = f"None or {', '.join(_LINEAR_OUTPUT_DTYPES)}"
+        raise InvalidNodeError(message(label, "output_dtype", dtype, allowed, "E-ATTR"))
+    return dtype
+
+
+def _float32_vector(label: str, subject: str, value: object) -> np.ndarray:
+    """`value` (t,) or (1, n) as a contiguous float32 vector."""
+    array = np.asarray(value)
+    if array.dtype != np.float32:
+        raise InvalidTypeError(message(label, subject, array.dtype, "float32"))
+    if array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[0] != 1) or array.size == 0:
+        raise InvalidNodeError(message(label, subject, f"shape {array.shape}", "(t,) or (1, n)"))
+    return np.ascontiguousarray(array.reshape(-1))
+
+
+def _expect(label: str, subject: str, value: object, kind: type, allowed: str) -> None:
+    """Refuse a Python argument of another type; a bool is no int here."""
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InvalidTypeError(
+            message(label, subject, f"{value!r} of type {type(value).__name__}", allowed)
+        )
