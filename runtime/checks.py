@@ -84,7 +84,7 @@ class Check:
         return cls(node, rule=rule, inputs=inputs, known=known, params=params)
 
     def apply(self, dims: Mapping[str, int], arrays: Mapping[str, np.ndarray]) -> None:
-        """Raise ``InvalidInputError`` unless the check holds for this call's dimensions and inputs."""
+        """Raise ``InvalidInputError`` unless it holds for this call's dimensions and inputs."""
         if self.rule:
             values = {name: arrays[source] for name, source in self.inputs.items()}
             values |= {k: None if v is None else np.asarray(v) for k, v in self.known.items()}

@@ -7,6 +7,7 @@ Every refusal reads `<op_type> node "<name>": <subject>: found ..., allowed ...`
 import warnings
 from collections.abc import Iterator, Mapping
 
+import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 from onnx.defs import OpSchema
 
@@ -194,6 +195,40 @@ def check_types(node: NodeProto, schema: OpSchema, dtypes: Mapping[str, int | No
                     code,
                 )
             )
+
+
+def check_nodes(model: ModelProto) -> None:
+    """`check_arity`, `decode_attributes` and `check_types` of every node of ours, in graph order.
+
+    Subgraphs are looked into, local functions are not: inline them first. Element types come from
+    what the model declares and what lenient shape inference adds, so that a wrong type is refused
+    here and not by the ONNX checker; an input whose type stays unknown is not judged.
+
+    Raises:
+        InvalidNodeError, InvalidTypeError: as the three functions do.
+    """
+    _check_graph(onnx.shape_inference.infer_shapes(model).graph, {})
+
+
+def _check_graph(graph: GraphProto, outer: Mapping[str, int | None]) -> None:
+    """Judge the nodes of `graph`; `outer` holds the types of values of the enclosing graphs."""
+    values = dict(outer)
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        if value.type.HasField("tensor_type"):
+            values[value.name] = value.type.tensor_type.elem_type
+        elif value.type.WhichOneof("value"):
+            values[value.name] = None  # a sequence, an optional, a sparse tensor
+    values |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for node in graph.node:
+        ours = schema(node.domain, node.op_type)
+        if ours is not None:
+            check_arity(node, ours)
+            decode_attributes(node, ours)
+            given = input_names(node, ours).items()
+            types = {name: values[value] for name, value in given if value in values}
+            check_types(node, ours, {name: t for name, t in types.items() if t != 0})
+        for inner in subgraphs(node):
+            _check_graph(inner, values)
 
 
 def check_domain_versions(model: ModelProto) -> None:

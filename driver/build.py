@@ -1,0 +1,146 @@
+"""From an ONNX model to a compiled module: one flat list of passes in phases."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import tvm
+from tvm import relax
+from tvm.ir import IRModule
+from tvm.ir.transform import Pass, PassContext, Sequential, module_pass
+from tvm.target import Target
+
+from ..frontend.importer import Imported, import_model
+from ..frontend.model import Shapes, load, prepare
+from ..runtime.manifest import Manifest, Tensor
+from ..runtime.module import Module, versions
+from ..schedules.apply import ApplySchedules
+from . import target as targets
+
+Progress = Callable[[str], None]
+"""Told the name of each step before it starts."""
+
+
+def compile(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    target: str | Mapping[str, Any] | Target = "llvm",
+    shapes: Shapes | None = None,
+    *,
+    threads: int | None = None,
+    dump_ir: str | os.PathLike[str] | None = None,
+    progress: Progress = lambda step: None,
+) -> Module:
+    """Compile an ONNX model for ``target``.
+
+    Args: model: a path (external data beside it) or a ModelProto. target: ``"llvm"`` (this host), a
+    short name of ``driver.target.TARGETS``, or a TVM target. shapes: sizes of symbolic dimensions,
+    by dimension name or by input; the rest stay symbolic. threads: how many a call uses; default
+    ``OPFERRY_NUM_THREADS`` or the cores this process may use. dump_ir: a folder that receives the
+    module after each phase, as TVMScript. progress: called with the name of each step.
+
+    Raises: OpferryError: the model, a node of it, the target or the shapes are not valid or not
+    supported.
+    """
+    resolved = targets.resolve(target)
+    progress("load")
+    proto = prepare(load(model), shapes)
+    progress("import")
+    imported = import_model(proto, resolved)
+    progress("optimise")
+    module = pipeline(resolved, dump_ir)(imported.module)
+    progress("generate code")
+    executable = relax.build(module, resolved, relax_pipeline=None)
+
+    def export(path: Path) -> None:
+        executable.export_library(str(path))
+
+    return Module(_manifest(imported, resolved), executable.jit, export, threads)
+
+
+def pipeline(target: Target, dump_ir: str | os.PathLike[str] | None = None) -> Pass:
+    """All passes between import and code generation."""
+    dump = _dumper(dump_ir)
+    return Sequential(
+        [
+            # 1. Graph: TVM operators to TE, elementwise neighbours fused; our kernels are opaque.
+            relax.transform.DecomposeOpsForInference(),
+            relax.transform.CanonicalizeBindings(),
+            relax.backend.DispatchSampling(),
+            relax.backend.DispatchSortScan(),
+            relax.transform.LegalizeOps(),
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FoldConstant(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            relax.transform.DeadCodeElimination(["main"]),
+            dump("graph"),
+            # 2. Kernels: ours by name, the rest by generic rules.
+            ApplySchedules(target),
+            dump("schedule"),
+            # 3. Memory and calls.
+            relax.transform.RewriteDataflowReshape(),
+            relax.transform.ToNonDataflow(),
+            relax.transform.RemovePurityChecking(),
+            relax.transform.CallTIRRewrite(),
+            relax.transform.StaticPlanBlockMemory(),
+            relax.transform.LowerAllocTensor(),
+            relax.transform.KillAfterLastUse(),
+            relax.transform.LowerRuntimeBuiltin(),
+            relax.transform.ComputePrimValue(),
+            relax.transform.VMShapeLower(),
+            relax.transform.AttachGlobalSymbol(),
+            dump("lower"),
+        ]
+    )
+
+
+def _manifest(imported: Imported, target: Target) -> Manifest:
+    main = imported.module["main"]
+    result = main.ret_ty
+    types = [result] if isinstance(result, relax.TensorType) else list(result.fields)
+    return Manifest(
+        inputs=tuple(Tensor(spec.name, spec.dtype, spec.shape) for spec in imported.inputs),
+        outputs=tuple(
+            Tensor(name, str(type_.dtype), _dims(type_))
+            for name, type_ in zip(imported.outputs, types)
+        ),
+        target=_plain(target.export()),
+        architecture=targets.architecture(target),
+        cpu_features=targets.required_features(target),
+        operators=imported.operators,
+        versions=versions(),
+        checks=imported.checks,
+    )
+
+
+def _dims(type_: relax.TensorType) -> tuple[int | str, ...]:
+    if not isinstance(type_.shape, relax.ShapeExpr):
+        return ("?",) * max(type_.ndim, 0)
+    return tuple(int(d) if isinstance(d, tvm.tirx.IntImm) else str(d) for d in type_.shape)
+
+
+def _plain(value: Any) -> Any:
+    """TVM's containers as JSON's."""
+    if hasattr(value, "items"):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, int | float):
+        return value
+    return str(value) if isinstance(value, str) else [_plain(item) for item in value]
+
+
+def _dumper(folder: str | os.PathLike[str] | None) -> Callable[[str], Pass]:
+    def dump(phase: str) -> Pass:
+        @module_pass(opt_level=0, name=f"Dump_{phase}")
+        def write(module: IRModule, _: PassContext) -> IRModule:
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                (Path(folder) / f"{phase}.py").write_text(module.script())
+            return module
+
+        return write
+
+    return dump

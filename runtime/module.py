@@ -1,0 +1,285 @@
+"""A compiled module: called with arrays, saved as a folder, loaded where only TVM's runtime is."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import threads as thread_pool
+from .errors import (
+    ArtifactError,
+    InvalidInputError,
+    InvalidInputTypeError,
+    OpferryError,
+)
+from .manifest import NAME, Manifest, Tensor, sha256
+from .quiet import without_scope_warnings
+
+thread_pool.reserve()
+
+import tvm  # noqa: E402  (the size of its thread pool is read from the environment)
+from tvm.runtime import load_module, vm  # noqa: E402
+
+LIBRARY = "module.so"
+
+
+class Module:
+    """A compiled model.
+
+    ``run`` checks everything a kernel relies on before it starts one. Calls from several threads
+    are serialised.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        executable: Callable[[], Any],
+        export: Callable[[Path], None],
+        threads: int | None = None,
+    ):
+        """``executable`` is asked for at the first run: a module for another machine can be saved
+        all the same.
+        """
+        self.manifest = manifest
+        self.threads = thread_pool.default_threads() if threads is None else threads
+        if not isinstance(self.threads, int) or self.threads < 1:
+            raise OpferryError(f"threads: found {threads!r}, allowed a whole number of at least 1")
+        self._executable = executable
+        self._export = export
+        self._lock = threading.Lock()
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return self.manifest.inputs
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        return self.manifest.outputs
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Compute the graph's outputs.
+
+        ``inputs`` maps graph input names to anything with ``__dlpack__`` or ``__array__`` of the
+        declared dtype (bfloat16 through ml_dtypes) and shape. Returns the outputs by name, in ONNX
+        dtypes. Raises ``InvalidInputError`` (``InvalidInputTypeError`` for dtypes) before any
+        kernel starts.
+        """
+        arrays = self._arrays(inputs)
+        dims = bind_dimensions(self.inputs, arrays)
+        for check in self.manifest.checks:
+            check.apply(dims, arrays)
+        with self._lock:
+            thread_pool.use(self.threads)
+            main = self._main
+            tensors = [tvm.runtime.tensor(arrays[spec.name]) for spec in self.inputs]
+            try:
+                result = main(*tensors)
+            except (RuntimeError, ValueError, AssertionError) as error:
+                raise InvalidInputError(str(error)) from error
+        results = [result] if len(self.outputs) == 1 else list(result)
+        return {spec.name: value.numpy() for spec, value in zip(self.outputs, results)}
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write library and manifest; ``folder`` appears whole or not at all, and replaces an older
+        module.
+        """
+        target = Path(folder)
+        if (
+            target.exists()
+            and not (target / NAME).is_file()
+            and (not target.is_dir() or any(target.iterdir()))
+        ):
+            raise ArtifactError(
+                f"{target}: found something that is no saved module, allowed a new folder"
+            )
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _staging(target) as stage:
+                with without_scope_warnings():
+                    self._export(stage / LIBRARY)
+                manifest = replace(self.manifest, files={LIBRARY: sha256(stage / LIBRARY)})
+                (stage / NAME).write_text(manifest.to_json())
+                _replace(stage, target)
+        except OSError as error:
+            raise ArtifactError(f"{target}: cannot be written: {error}") from error
+
+    def __repr__(self) -> str:
+        def show(tensors: tuple[Tensor, ...]) -> str:
+            return ", ".join(
+                f"{t.name}: {t.dtype}[{', '.join(map(str, t.shape))}]" for t in tensors
+            )
+
+        return f"<opferry.Module ({show(self.inputs)}) -> ({show(self.outputs)})>"
+
+    @functools.cached_property
+    def _main(self) -> Callable[..., Any]:
+        self.manifest.require_this_machine("module")
+        with without_scope_warnings():
+            machine = vm.VirtualMachine(self._executable(), tvm.cpu())
+        return machine["main"]
+
+    def _arrays(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        names = [spec.name for spec in self.inputs]
+        if not isinstance(inputs, Mapping):
+            raise InvalidInputTypeError(
+                f"inputs: found {type(inputs).__name__}, allowed a mapping of {names} to arrays"
+            )
+        missing = [name for name in names if name not in inputs]
+        unknown = [str(name) for name in inputs if name not in names]
+        if missing or unknown:
+            found = f"missing {missing}" if missing else f"unknown {unknown}"
+            raise InvalidInputError(f"inputs: found {found}, allowed exactly {names}")
+        return {spec.name: as_array(spec, inputs[spec.name]) for spec in self.inputs}
+
+
+def load(folder: str | os.PathLike[str], threads: int | None = None) -> Module:
+    """A saved module, verified: complete, unchanged, built for instructions that this CPU has.
+
+    Raises ``ArtifactError`` otherwise. Needs TVM's runtime, not its compiler.
+    """
+    folder = Path(folder)
+    try:
+        text = (folder / NAME).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{folder}: found no saved module: {error}") from error
+    manifest = Manifest.from_json(text, folder / NAME)
+    if LIBRARY not in manifest.files:
+        raise ArtifactError(
+            f"{folder / NAME}: found files {sorted(manifest.files)}, allowed {LIBRARY}"
+        )
+    for name, digest in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{path}: found nothing, the manifest lists it")
+        if sha256(path) != digest:
+            raise ArtifactError(f"{path}: found other content than was saved (checksum differs)")
+    manifest.require_this_machine(folder)
+    _require_same_tvm(manifest, folder)
+
+    def export(path: Path) -> None:
+        shutil.copyfile(folder / LIBRARY, path)
+
+    return Module(manifest, lambda: load_module(str(folder / LIBRARY)), export, threads)
+
+
+def versions() -> dict[str, str]:
+    """What a compiled library is tied to."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def of(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:  # a bare runtime that was copied, not installed
+            return "unknown"
+
+    return {name: of(name) for name in ("opferry", "apache-tvm", "apache-tvm-ffi")}
+
+
+def as_array(spec: Tensor, value: Any) -> np.ndarray:
+    """``value`` as a C-contiguous array of the declared dtype and rank; never converts one dtype to
+    another.
+    """
+    try:
+        if hasattr(value, "__array__") or not hasattr(value, "__dlpack__"):
+            array = np.asarray(value)
+        else:
+            array = np.from_dlpack(value)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise InvalidInputTypeError(
+            f'input "{spec.name}": found {type(value).__name__}, allowed an array: {error}'
+        ) from error
+    if array.dtype.name != spec.dtype:
+        raise InvalidInputTypeError(
+            f'input "{spec.name}": found dtype {array.dtype.name}, allowed {spec.dtype}'
+        )
+    if array.ndim != len(spec.shape):
+        raise InvalidInputError(
+            f'input "{spec.name}": found shape {array.shape}, allowed {len(spec.shape)} dimensions '
+            f"{_show(spec.shape)}"
+        )
+    return np.ascontiguousarray(array).reshape(array.shape)
+
+
+def bind_dimensions(specs: tuple[Tensor, ...], arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Size of each symbolic dimension; ``InvalidInputError`` where sizes are fixed, zero or
+    disagree.
+    """
+    dims: dict[str, int] = {}
+    source: dict[str, str] = {}
+    for spec in specs:
+        shape = arrays[spec.name].shape
+        for axis, (size, declared) in enumerate(zip(shape, spec.shape)):
+            where = f'input "{spec.name}"'
+            if isinstance(declared, int):
+                if size != declared:
+                    raise InvalidInputError(
+                        f"{where}: found shape {shape}, allowed {_show(spec.shape)}"
+                    )
+            elif size < 1:
+                raise InvalidInputError(
+                    f"{where}: found shape {shape}, allowed {_show(spec.shape)}, no size 0"
+                )
+            elif dims.setdefault(declared, size) != size:
+                raise InvalidInputError(
+                    f"{where}: found {declared} = {size} on axis {axis}, allowed {dims[declared]}, "
+                    f"as in {source[declared]}"
+                )
+            else:
+                source.setdefault(declared, where)
+    return dims
+
+
+def _show(shape: tuple[int | str, ...]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ")"
+
+
+def _require_same_tvm(manifest: Manifest, folder: Path) -> None:
+    here = versions()
+    for name in ("apache-tvm", "apache-tvm-ffi"):
+        built = manifest.versions.get(name, "unknown")
+        if "unknown" not in (built, here[name]) and built != here[name]:
+            raise ArtifactError(f"{folder}: built with {name} {built}, installed is {here[name]}")
+
+
+@contextlib.contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _replace(stage: Path, target: Path) -> None:
+    """Move ``stage`` to ``target``; a previous module is moved aside first and put back if the move
+    fails.
+    """
+    stage.chmod(0o777 & ~_umask())
+    old = None
+    if target.exists():
+        old = stage.with_name(stage.name + ".old")
+        target.rename(old)
+    try:
+        stage.rename(target)
+    except OSError:
+        if old:
+            old.rename(target)
+        raise
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
