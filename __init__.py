@@ -20,7 +20,7 @@ _HOMES = {
     "OpferryError": "opferry.runtime.errors",
     "linear_a8w8_quant": "opferry.frontend.builders",
     "node_model": "opferry.frontend.builders",
-    "npu_trans_quant_param": "opferry.frontend.builders",
+    "npu_trans_quant_param": "opferry.frontend.quant_param",
     "speed_fusion_attention": "opferry.frontend.builders",
 }
 

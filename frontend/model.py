@@ -16,7 +16,7 @@ from ..runtime.errors import InvalidModelError
 from . import schemas
 from .fold import fold_constants
 from .schemas.canonical import canonicalize
-from .schemas.check import check_arity, check_domain_versions, decode_attributes
+from .schemas.check import check_domain_versions, check_nodes
 
 Shapes = Mapping[str, int | Sequence[int | str | None]]
 """Dimension name -> size, or graph input -> its dimensions (``None`` leaves one as it is)."""
@@ -57,12 +57,7 @@ def prepare(model: ModelProto, shapes: Shapes | None = None) -> ModelProto:
         model = onnx.inliner.inline_local_functions(model)
     check_domain_versions(model)
     model = canonicalize(model)
-    for node, schema in our_nodes(model.graph):
-        check_arity(node, schema)
-        known = decode_attributes(node, schema).keys()
-        kept = [attribute for attribute in node.attribute if attribute.name in known]
-        del node.attribute[:]
-        node.attribute.extend(kept)
+    check_nodes(model)
     name_dimensions(model.graph)
     bind_shapes(model.graph, shapes or {})
     _judge(model)

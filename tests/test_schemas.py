@@ -18,6 +18,7 @@ from opferry.frontend.builders import (
 from opferry.frontend.schemas.check import (
     check_arity,
     check_domain_versions,
+    check_nodes,
     check_types,
     decode_attributes,
     dtype_name,
@@ -174,15 +175,15 @@ INFERENCE = {
     ),
     "trans_quant_param_vector": (
         node_model("NPUTransQuantParam", {"scale": (np.float32, ("N",))}),
-        {"quant_param": ("int64", ["N"])},
+        {"y": ("int64", ["N"])},
     ),
     "trans_quant_param_longer_offset": (
         node_model("NPUTransQuantParam", {"scale": ONE, "offset": (np.float32, (9,))}),
-        {"quant_param": ("int64", [9])},
+        {"y": ("int64", [9])},
     ),
     "trans_quant_param_row": (
         node_model("NPUTransQuantParam", {"scale": (np.float32, (1, 9))}),
-        {"quant_param": ("int64", [9])},
+        {"y": ("int64", [9])},
     ),
 }
 
@@ -582,6 +583,39 @@ def test_unknown_attributes_of_longformer_are_ignored_with_a_warning():
         decoded = decode_attributes(*node_of(model))
     assert decoded["window"] == 4
     assert "lda_coeff" not in decoded
+
+
+NESTED = onnx.parser.parse_model("""
+    <ir_version: 10, opset_import: ["" : 21, "npu" : 1]>
+    g (bool c, float[2,3] x, int8[3,4] w, float[1] s) => (int8[2,4] y)
+    {
+        q = Cast <to = 2> (x)
+        y = If (c) <
+            then_branch = t () => (int8[2,4] a) { [fc1] a = npu.NPUQuantMatmul (q, w, s) },
+            else_branch = e () => (int8[2,4] b) { b = npu.NPUQuantMatmul (w, w, s) }
+        >
+    }""")
+
+
+def test_check_nodes_finds_types_through_standard_nodes_and_subgraphs():
+    with pytest.raises(
+        InvalidTypeError, match='NPUQuantMatmul node "fc1": input "x1": found uint8, allowed int8'
+    ):
+        check_nodes(NESTED)
+
+
+def test_check_nodes_refuses_what_is_no_tensor():
+    model = linear(name="fc1")
+    model.graph.input[0].type.CopyFrom(
+        helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.INT8, [2, 3]))
+    )
+    with pytest.raises(InvalidTypeError, match='input "x1": found not a tensor, allowed int8'):
+        check_nodes(model)
+
+
+@pytest.mark.parametrize(("model", "expected"), INFERENCE.values(), ids=INFERENCE)
+def test_check_nodes_accepts(model, expected):
+    check_nodes(model)
 
 
 def test_labels_and_names():

@@ -69,7 +69,7 @@ def _infer_quant_batch_matmul(ctx: InferenceContext) -> None:
 
 
 def _infer_trans_quant_param(ctx: InferenceContext) -> None:
-    """quant_param: int64, one entry per element of the longer of scale and offset."""
+    """y: int64, one entry per element of the longer of scale and offset."""
     scale, offset = infer.shape(ctx, 0), infer.shape(ctx, 1)
     if not ctx.has_input(1):
         offset = [1]
@@ -101,7 +101,7 @@ TRANS_QUANT_PARAM = define(
         parameter("scale", "F", "(t,) or (1, n)"),
         optional("offset", "F", "length 1 or that of scale, or any length when scale has one"),
     ],
-    outputs=[parameter("quant_param", "I", "(longer of scale and offset,)")],
+    outputs=[parameter("y", "I", "(longer of scale and offset,)")],
     types={"F": tensors("float"), "I": tensors("int64")},
     attributes=[
         attribute("round_mode", 0, "0 truncates the mantissa to 10 bits, 1 rounds it to even.")
