@@ -1,4 +1,4 @@
-"""The references as operators of ONNX's own reference evaluator, so that whole models run in NumPy."""
+"""The references as operators of ONNX's own reference evaluator: whole models run in NumPy."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _has_reference(node, version, functions) -> bool:
 
 
 def missing_references(model: onnx.ModelProto) -> list[str]:
-    """Operators of the model, as domain::Name, that neither ONNX nor this package can evaluate in NumPy."""
+    """Operators, as domain::Name, that neither ONNX nor this package can evaluate in NumPy."""
     functions = {(f.domain, f.name) for f in model.functions}
     missing = set()
     for body, imports in [(model.graph, model.opset_import)] + [
@@ -115,7 +115,7 @@ def missing_references(model: onnx.ModelProto) -> list[str]:
 
 
 def evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
-    """An ``onnx.reference.ReferenceEvaluator`` of the model that knows the operators of `REFERENCES`.
+    """An ``onnx.reference.ReferenceEvaluator`` that knows the operators of `REFERENCES`.
 
     bfloat16 arrays are ml_dtypes.bfloat16. Raises UnsupportedError naming every operator without a
     reference.
