@@ -136,7 +136,7 @@ def _close(name, got, want, dtype, atol, rtol) -> Comparison:
 
 
 def _excused(got, want, v, slack):
-    """The other neighbour of a tie that the exact v lies within slack of; never where slack is 0."""
+    """The other neighbour of a tie within slack of the exact v; never where slack is 0."""
     one_off = np.abs(got.astype(int) - want.astype(int)) == 1
     return (slack > 0) & one_off & (np.abs(got - v) <= 0.5 + slack)
 

@@ -30,11 +30,11 @@ _PACKED_FLAG = np.uint64(1 << 46)
 def trans_quant_param(scale, offset=None, round_mode=0):
     """Pack a float32 scale, and optionally a float32 offset, into int64 quant parameters.
 
-    scale (t,) or (1,n), offset (t,): broadcast against each other. round_mode 0 truncates the
-    mantissa to ten bits; 1 rounds it half to even (subnormals to signed zero, infinity and NaN
-    truncated). Returns int64.
+    scale and offset are (t,) or (1,n), lengths 1 and n broadcast. round_mode 0 truncates the mantissa
+    to ten bits; 1 rounds it half to even (subnormals to signed zero, infinity and NaN truncated).
+    Returns int64, 1-D, as long as the longer of the two.
     """
-    bits = np.ascontiguousarray(scale, np.float32).view(np.uint32)
+    bits = np.ascontiguousarray(scale, np.float32).reshape(-1).view(np.uint32)
     if round_mode == 1:
         rounded = bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
         exponent = (bits >> np.uint32(23)) & np.uint32(0xFF)
@@ -44,7 +44,7 @@ def trans_quant_param(scale, offset=None, round_mode=0):
         raise ValueError(f"trans_quant_param: round_mode: found {round_mode}, allowed 0, 1")
     packed = (bits & _SCALE_BITS).astype(np.uint64) | _PACKED_FLAG
     if offset is not None:
-        nine = _integer(np.asarray(offset, np.float32), -256, 255) & 0x1FF
+        nine = _integer(np.asarray(offset, np.float32).reshape(-1), -256, 255) & 0x1FF
         packed = packed | (nine.astype(np.uint64) << _OFFSET_SHIFT)
     return packed.view(np.int64)
 

@@ -15,7 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 import opferry.reference
 from opferry.reference.evaluator import REFERENCES, evaluator
 from opferry.reference.linear_a8w8_quant import linear_a8w8_quant
+from opferry.reference.nsa_compress_attention import nsa_compress_attention
 from opferry.reference.qordered_longformer_attention import qordered_longformer_attention
+from opferry.reference.qordered_matmul import qordered_matmul
 from opferry.reference.speed_fusion_attention import speed_fusion_attention
 from opferry.runtime.errors import UnsupportedError
 
@@ -119,6 +121,40 @@ def test_both_spellings_of_the_int8_linear():
     assert npu.dtype == plain.dtype == BF16
     assert np.array_equal(npu, want)
     assert np.array_equal(plain, want)
+
+
+def test_nsa_node_takes_bfloat16_initializers():
+    g = np.random.default_rng(3)
+    q, k = g.normal(size=(2, 2, 4)).astype(BF16), g.normal(size=(5, 1, 4)).astype(BF16)
+    attrs = {
+        "head_num": 2,
+        "compress_block_size": 16,
+        "compress_stride": 16,
+        "select_block_size": 16,
+        "select_block_count": 2,
+        "actual_seq_qlen": [2],
+        "actual_cmp_seq_kvlen": [5],
+    }
+    names = ["q", "k", "k", "", "", "", "", "sel"]
+    node = helper.make_node(
+        "NPUNsaCompressAttention", names, ["", "", "y", "i"], domain="npu", **attrs
+    )
+    model = model_of([node], ["q", "sel"], ["y", "i"], [numpy_helper.from_array(k, "k")])
+    y, i = evaluator(model).run(None, {"q": q, "sel": np.array([5])})
+    want = nsa_compress_attention(q, k, k, actual_sel_seq_kvlen=[5], **attrs)
+    assert y.dtype == BF16
+    assert np.array_equal(y, want[2])
+    assert np.array_equal(i, want[3])
+
+
+def test_qordered_matmul_node_without_bias():
+    g = np.random.default_rng(4)
+    a, b, c = (g.integers(-128, 128, s, dtype=np.int8) for s in ((2, 3), (3, 5), (2, 5)))
+    scale = np.array(0.1, f32)
+    attrs = {"order_A": 1, "order_B": 0, "order_Y": 1}
+    inputs = [a, scale, b, scale, scale, None, c, scale]
+    (y,) = run_node("QOrderedMatMul", "com.microsoft", inputs, **attrs)
+    assert np.array_equal(y, qordered_matmul(*inputs, **attrs)[0])
 
 
 def mixed_nodes():

@@ -200,6 +200,7 @@ def test_packing_broadcasts():
     (packed,) = npu_trans_quant_param(np.ones(1, f32), np.arange(4, dtype=f32))
     assert packed.tolist() == [0x40003F800000 | o << 37 for o in range(4)]
     assert npu_trans_quant_param(np.ones(4, f32), np.ones(1, f32))[0].shape == (4,)
+    assert npu_trans_quant_param(np.ones((1, 4), f32), np.ones((1, 4), f32))[0].shape == (4,)
 
 
 def test_scale_outside_the_contract_does_not_raise():
