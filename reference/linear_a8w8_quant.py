@@ -30,9 +30,9 @@ _PACKED_FLAG = np.uint64(1 << 46)
 def trans_quant_param(scale, offset=None, round_mode=0):
     """Pack a float32 scale, and optionally a float32 offset, into int64 quant parameters.
 
-    scale and offset are (t,) or (1,n), lengths 1 and n broadcast. round_mode 0 truncates the mantissa
-    to ten bits; 1 rounds it half to even (subnormals to signed zero, infinity and NaN truncated).
-    Returns int64, 1-D, as long as the longer of the two.
+    scale and offset are (t,) or (1,n), lengths 1 and n broadcast. round_mode 0 truncates the
+    mantissa to ten bits; 1 rounds it half to even (subnormals to signed zero, infinity and NaN
+    truncated). Returns int64, 1-D, as long as the longer of the two.
     """
     bits = np.ascontiguousarray(scale, np.float32).reshape(-1).view(np.uint32)
     if round_mode == 1:
