@@ -6,13 +6,18 @@ from __future__ import annotations
 
 from tvm.ir import IRModule
 from tvm.ir.transform import PassContext, module_pass
+from tvm.s_tir.dlight import ApplyDefaultSchedule
 from tvm.target import Target
 from tvm.tirx import PrimFunc
 
 from ..relay_ops.op import KERNEL
 from . import SCHEDULES
+from .llvm import generic
 
 SCHEDULED = "tirx.is_scheduled"
+
+GENERIC = {"llvm": generic.RULES}
+"""Target kind -> rules for kernels that are not ours."""
 
 
 @module_pass(opt_level=0, name="ApplySchedules")
@@ -34,4 +39,7 @@ class ApplySchedules:
             schedule = SCHEDULES.get(str(func.attrs[KERNEL]), {}).get(kind)
             if schedule is not None:
                 module[var] = schedule(func, self.target).with_attr(SCHEDULED, True)
+        if kind in GENERIC:
+            with self.target:
+                module = ApplyDefaultSchedule(*GENERIC[kind])(module)
         return module

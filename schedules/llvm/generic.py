@@ -1,0 +1,253 @@
+"""Schedules for the standard operators around ours, as TVM's legalisation writes them.
+
+No rule knows an operator: they look at loops, in this order, and each leaves one nest.
+
+Columns      MatMul, ReduceSum over a leading axis: what is reduced is contiguous along the output
+parallel(outer) { unroll(rows) x reduction x vectorised columns, in registers } Rows
+LayerNormalization, Softmax, ReduceMax: what is reduced is contiguous itself parallel(rows) {
+lane-wise partial reductions; the lanes; elementwise, vectorised } Elementwise  parallel(outer) {
+vectorised inner }
+
+A function that fits none is left as it is: serial, and correct.
+"""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.s_tir import Schedule, ScheduleError
+from tvm.s_tir.dlight.analysis import SBlockInfo, normalize_prim_func
+from tvm.s_tir.dlight.base import ScheduleRule, get_extent
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+from tvm.sym import Analyzer
+from tvm.target import Target
+from tvm.target.codegen import llvm_get_vector_width
+
+_GRAIN = 8192
+"""Elements of work below which a parallel region costs more than it saves."""
+_ROWS = 4
+"""Rows of a product that share one load of the columns."""
+
+
+def lanes(target: Target, bits: int = 32) -> int:
+    """Elements of ``bits`` in a vector register of ``target``."""
+    return max(4, llvm_get_vector_width(target) // bits)
+
+
+class _Rule(ScheduleRule):
+    """``schedule`` returns None where the rule does not apply; so does TVM's refusal of one of its
+    steps.
+    """
+
+    def apply(self, func: tirx.PrimFunc, target: Target, _: bool) -> Schedule | None:
+        sch = Schedule(func)
+        try:
+            blocks = normalize_prim_func(sch)
+            return self.schedule(sch, blocks, target) if blocks else None
+        except ScheduleError:
+            return None
+
+    def schedule(self, sch: Schedule, blocks: list[SBlockInfo], target: Target) -> Schedule | None:
+        raise NotImplementedError
+
+
+class Rows(_Rule):
+    """Reductions over trailing axes and elementwise blocks over the same leading axes."""
+
+    def schedule(self, sch, blocks, target):
+        kinds = [info.dom_kind() for info in blocks]
+        if all(info.is_injective() for info in blocks):
+            return None
+        leading = min(len(kind) - len(kind.lstrip("S")) for kind in kinds)
+        trailing = {kind[leading:] for kind in kinds}
+        if not leading or not trailing <= {"", "S", "R", "SS", "RR", "SSS", "RRR"}:
+            return None
+        last = blocks[-1].block_rv
+        if not blocks[-1].is_injective():
+            if not all(info.is_injective() for info in blocks[:-1]):
+                return None
+            for info in blocks[:-1]:
+                sch.compute_inline(info.block_rv)
+            return self._lone(sch, last, leading, target)
+        loops = sch.get_loops(last)
+        row = sch.fuse(*loops[:leading])
+        partial: list[SBlockRV] = []
+        for info in reversed(blocks[:-1]):
+            block = info.block_rv
+            if info.is_injective():
+                sch.compute_at(block, row)
+                if info.dom_kind()[leading:]:
+                    _vectorize_last(sch, block, target)
+                continue
+            lane = _lane_partials(sch, block, leading, target)
+            sch.compute_at(block, row)
+            if lane is not None:
+                sch.compute_at(lane, row)
+                partial.append(lane)
+        if kinds[-1][leading:]:
+            _vectorize_last(sch, last, target)
+        sch.parallel(row)
+        _vectorize_lanes(sch, partial)
+        return sch
+
+    def _lone(self, sch: Schedule, block: SBlockRV, leading: int, target: Target) -> Schedule:
+        lane = _lane_partials(sch, block, leading, target)
+        row = sch.fuse(*sch.get_loops(block)[:leading])
+        if lane is not None:
+            sch.compute_at(lane, row)
+        sch.parallel(row)
+        _vectorize_lanes(sch, [lane] if lane is not None else [])
+        return sch
+
+
+def _lane_partials(sch: Schedule, block: SBlockRV, leading: int, target: Target) -> SBlockRV | None:
+    """Split a row's reduction over vector lanes, each with its own partial result.
+
+    None for rows that are short or leave a tail: rfactor loses the predicate of a tail.
+    """
+    inner = sch.get_loops(block)[leading:]
+    reduction = sch.fuse(*inner) if len(inner) > 1 else inner[0]
+    extent, width = get_extent(sch, reduction), lanes(target)
+    if _divisor(extent, target, (width,)) is None or not (
+        isinstance(extent, tirx.Expr) or extent >= 2 * width
+    ):
+        return None
+    _, lane = sch.split(reduction, [None, width])
+    return sch.rfactor(lane, factor_axis=leading)
+
+
+def _vectorize_lanes(sch: Schedule, blocks: list[SBlockRV]) -> None:
+    """Of each partial reduction's loops (row, lane, chunk) put the lanes innermost, its zeros
+    before the chunks.
+
+    Decomposed blocks are no longer what TVM calls a reduction, and nothing around them can be
+    scheduled: last step.
+    """
+    chunks = []
+    for block in blocks:
+        *_, lane, chunk = sch.get_loops(block)
+        sch.reorder(chunk, lane)
+        sch.vectorize(lane)
+        chunks.append(chunk)
+    for block, chunk in zip(blocks, chunks):
+        sch.decompose_reduction(block, chunk)
+
+
+class Columns(_Rule):
+    """One block that reduces whole columns at a time, elementwise blocks after it."""
+
+    def schedule(self, sch, blocks, target):
+        reductions = [info for info in blocks if info.is_reduction()]
+        if len(reductions) != 1 or blocks[0] is not reductions[0]:
+            return None
+        block = reductions[0].block_rv
+        if reductions[0].dom_kind().count("S") < 2 or not _column_contiguous(sch, reductions[0]):
+            return None
+        loops, iters = sch.get_loops(block), reductions[0].iters
+        if len(loops) != len(iters):
+            return None  # an axis of size 1 has no loop
+        for info in blocks[1:-1]:
+            sch.compute_inline(info.block_rv)
+        spatial = [loop for loop, it in zip(loops, iters) if it.kind == "S"]
+        reduce = [loop for loop, it in zip(loops, iters) if it.kind == "R"]
+        sch.reorder(*spatial, *reduce)
+        *outer, row, column = spatial
+        width = _divisor(get_extent(sch, column), target) or lanes(target)
+        row_outer, row = sch.split(row, [None, _ROWS])
+        column_outer, column = sch.split(column, [None, width])
+        sch.reorder(*outer, row_outer, column_outer, *reduce, row, column)
+        tile = sch.fuse(*outer, row_outer, column_outer)
+        if len(blocks) > 1:
+            sch.reverse_compute_at(blocks[-1].block_rv, tile)
+            _vectorize_last(sch, blocks[-1].block_rv, target)
+        else:
+            written = sch.cache_write(block, 0, "local")
+            sch.reverse_compute_at(written, tile)
+            _vectorize_last(sch, written, target)
+        sch.parallel(tile)
+        sch.unroll(row)
+        sch.vectorize(column)
+        sch.decompose_reduction(block, reduce[0])
+        return sch
+
+
+class Elementwise(_Rule):
+    """Blocks without reductions: all but those that write outputs are inlined."""
+
+    def schedule(self, sch, blocks, target):
+        if not all(info.is_injective() for info in blocks):
+            return None
+        for info in blocks[:-1]:
+            sch.compute_inline(info.block_rv)
+        block = blocks[-1].block_rv
+        loops = sch.get_loops(block)
+        if not loops:
+            return None
+        extents = [get_extent(sch, loop) for loop in loops]
+        if _contiguous(sch, block) and all(isinstance(extent, int) for extent in extents):
+            loops = [sch.fuse(*loops)]
+        inner = loops[-1]
+        if step := _divisor(get_extent(sch, inner), target):
+            *loops[-1:], inner = sch.split(inner, [None, step])
+            sch.vectorize(inner)
+        elif len(loops) > 1:
+            loops = loops[
+                :-1
+            ]  # a tail would be predicated lane by lane; LLVM's own vectoriser peels it
+        outer = sch.fuse(*loops)
+        if not all(isinstance(extent, int) for extent in extents) or _product(extents) > _GRAIN:
+            sch.parallel(outer)
+        return sch
+
+
+RULES = (Columns(), Rows(), Elementwise())
+
+
+def _column_contiguous(sch: Schedule, info: SBlockInfo) -> bool:
+    """The block's last spatial index is the last index of something that it reads."""
+    column = [it.var for it in info.iters if it.kind == "S"][-1]
+    reads = sch.get(info.block_rv).reads
+    return any(len(r.region) and r.region[-1].min.same_as(column) for r in reads)
+
+
+def _contiguous(sch: Schedule, block: SBlockRV) -> bool:
+    """Every access of the block is to its own position, so that the loops can be fused without
+    index arithmetic.
+    """
+    stmt = sch.get(block)
+    own = [it.var for it in stmt.iter_vars]
+
+    def identical(region: tirx.BufferRegion) -> bool:
+        return len(region.region) == len(own) and all(
+            dim.min.same_as(var) for dim, var in zip(region.region, own)
+        )
+
+    return all(identical(region) for region in [*stmt.reads, *stmt.writes])
+
+
+def _vectorize_last(sch: Schedule, block: SBlockRV, target: Target) -> None:
+    loop: LoopRV = sch.get_loops(block)[-1]
+    if step := _divisor(get_extent(sch, loop), target):
+        sch.vectorize(sch.split(loop, [None, step])[1])
+
+
+def _divisor(
+    extent: int | tirx.Expr, target: Target, steps: tuple[int, ...] | None = None
+) -> int | None:
+    """How many elements of a loop to vectorise: the widest step that leaves no tail, else None."""
+    width = lanes(target)
+    analyzer = Analyzer()
+    for step in steps or (4 * width, 2 * width, width, width // 2):
+        if analyzer.can_prove(tirx.EQ(tirx.floormod(_int64(extent), _int64(step)), _int64(0))):
+            return step
+    return None
+
+
+def _int64(value: int | tirx.Expr) -> tirx.Expr:
+    return tirx.const(value, "int64") if isinstance(value, int) else value
+
+
+def _product(extents: list[int]) -> int:
+    result = 1
+    for extent in extents:
+        result *= extent
+    return result

@@ -1,0 +1,151 @@
+"""The generic rules against ONNX's own reference, on awkward shapes, static and symbolic; and that
+they fire.
+"""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import parser
+from onnx.reference import ReferenceEvaluator
+from tvm import relax, tirx
+
+import opferry
+from opferry.driver import target as targets
+from opferry.schedules.apply import SCHEDULED
+
+RNG = np.random.default_rng(0)
+
+
+def f32(*shape):
+    return RNG.standard_normal(shape).astype("float32")
+
+
+# name: (declaration with {b} {s} for two leading dimensions, body, further inputs)
+GRAPHS = {
+    "layer_norm": (
+        "float[{b},{s},H] x, float[H] g, float[H] h",
+        "o = LayerNormalization<axis=-1>(x, g, h)",
+    ),
+    "softmax": ("float[{b},{s},H] x", "o = Softmax<axis=-1>(x)"),
+    "softmax_middle": ("float[{b},{s},H] x", "o = Softmax<axis=1>(x)"),
+    "log_softmax": ("float[{b},{s},H] x", "o = LogSoftmax<axis=-1>(x)"),
+    "gelu": ("float[{b},{s},H] x", "o = Gelu(x)"),
+    "erf": ("float[{b},{s},H] x", "o = Erf(x)"),
+    "residual": ("float[{b},{s},H] x, float[{b},{s},H] y", "a = Add(x, y) o = Tanh(a)"),
+    "broadcast": ("float[{b},{s},H] x, float[{b},1,H] y", "o = Mul(x, y)"),
+    "transpose": ("float[{b},{s},H] x", "o = Transpose<perm=[2,0,1]>(x)"),
+    "absmax": (
+        "float[{b},{s},H] x",
+        "a = Abs(x) n = Constant<value_ints=[-1]>() o = ReduceMax(a, n)",
+    ),
+    "mean_tokens": (
+        "float[{b},{s},H] x",
+        "n = Constant<value_ints=[1]>() o = ReduceMean<keepdims=0>(x, n)",
+    ),
+    "mean_all": ("float[{b},{s},H] x", "o = ReduceMean<keepdims=0>(x)"),
+    "l2": ("float[{b},{s},H] x", "n = Constant<value_ints=[-1]>() o = ReduceL2(x, n)"),
+    "sum_squares": (
+        "float[{b},{s},H] x",
+        "n = Constant<value_ints=[1]>() p = Mul(x, x) o = ReduceSum<keepdims=0>(p, n)",
+    ),
+    "argmax": ("float[{b},{s},H] x", "o = ArgMax<axis=-1>(x)"),
+    "cumsum": ("float[{b},{s},H] x", "n = Constant<value_int=1>() o = CumSum(x, n)"),
+    "matmul": ("float[{b},{s},H] x, float[H,H] w", "o = MatMul(x, w)"),
+    "matmul_bias_relu": (
+        "float[{b},{s},H] x, float[H,H] w, float[H] g",
+        "a = MatMul(x, w) c = Add(a, g) o = Relu(c)",
+    ),
+    "matmul_batched": (
+        "float[{b},{s},H] x, float[{b},{s},H] y",
+        "t = Transpose<perm=[0,2,1]>(y) o = MatMul(x, t)",
+    ),
+    "dynamic_quantize": (
+        "float[{b},{s},H] x",
+        "a = Abs(x) n = Constant<value_ints=[-1]>() m = ReduceMax(a, n) "
+        "k = Constant<value_float=127.0>() d = Div(m, k) q = Div(x, d) r = Round(q) o = Cast<to=3>(r)",
+    ),
+    "split_concat": (
+        "float[{b},{s},H] x",
+        "p, q = Split<axis=-1, num_outputs=2>(x) o = Concat<axis=1>(q, p)",
+    ),
+    "where": ("float[{b},{s},H] x, float[{b},{s},H] y", "c = Greater(x, y) o = Where(c, x, y)"),
+    "clip_half": ("float[{b},{s},H] x", "a = Cast<to=10>(x) o = Relu(a)"),
+}
+SHAPES = {
+    "odd": (3, 5, 7, 7),
+    "wide": (2, 33, 100, 100),
+    "round": (2, 64, 128, 128),
+    "one": (1, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_standard_operators_match_onnx(graph, symbolic):
+    inputs, body = GRAPHS[graph]
+    for b, s, h, _ in SHAPES.values():
+        if graph == "split_concat" and h % 2:
+            continue
+        model = _model(inputs, body, "b" if symbolic else b, "s" if symbolic else s, h)
+        feeds = {value.name: f32(*_sizes(value, b=b, s=s)) for value in model.graph.input}
+        (expected,) = ReferenceEvaluator(model).run(None, feeds)
+        result = opferry.compile(model).run(feeds)["o"]
+        assert result.dtype == expected.dtype
+        if result.dtype.kind == "i" and graph == "dynamic_quantize":
+            assert np.abs(result.astype(int) - expected).max() <= 1  # a division may land on a tie
+        else:
+            np.testing.assert_allclose(result, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "graph", ["layer_norm", "softmax", "absmax", "matmul_bias_relu", "gelu", "residual"]
+)
+def test_rules_fire(graph):
+    """Every kernel of these graphs is scheduled, and long loops of it run in parallel and
+    vectorised.
+    """
+    inputs, body = GRAPHS[graph]
+    module = _scheduled(_model(inputs, body, "b", "s", 384))
+    kernels = [func for func in module.functions.values() if isinstance(func, tirx.PrimFunc)]
+    assert kernels
+    for func in kernels:
+        assert func.attrs[SCHEDULED]
+        script = func.script()
+        assert "T.parallel" in script
+        assert "T.vectorized" in script
+
+
+def _scheduled(model):
+    from tvm.ir.transform import Sequential
+
+    from opferry.driver.build import ApplySchedules
+    from opferry.frontend.importer import import_model
+    from opferry.frontend.model import prepare
+
+    target = targets.resolve("x86-avx512vnni")
+    module = import_model(prepare(model), target).module
+    graph = [
+        relax.transform.DecomposeOpsForInference(),
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+    ]
+    return Sequential([*graph, ApplySchedules(target)])(module)
+
+
+def _sizes(value, **symbols):
+    dims = value.type.tensor_type.shape.dim
+    return [symbols.get(dim.dim_param, dim.dim_value) for dim in dims]
+
+
+def _model(inputs, body, b, s, h):
+    kind = next((kind for mark, kind in _OUTPUTS.items() if mark in body), "float")
+    inputs = inputs.replace("{b}", str(b)).replace("{s}", str(s)).replace("H", str(h))
+    text = f"g ({inputs}) => ({kind} o) {{ {body} }}"
+    model = parser.parse_model(f'<ir_version: 9, opset_import: ["": 20]>\n{text}')
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    return onnx.shape_inference.infer_shapes(model)
+
+
+_OUTPUTS = {"ArgMax": "int64", "to=3": "int8", "to=10": "float16"}
