@@ -51,7 +51,8 @@ def compile(
     progress("import")
     imported = import_model(proto, resolved)
     progress("optimise")
-    module = pipeline(resolved, dump_ir)(imported.module)
+    with resolved:
+        module = pipeline(resolved, dump_ir)(imported.module)
     progress("generate code")
     executable = relax.build(module, resolved, relax_pipeline=None)
 
