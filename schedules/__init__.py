@@ -16,8 +16,20 @@ from tvm.target import Target
 from tvm.tirx import PrimFunc
 
 from ..runtime.errors import UnsupportedError
+from .llvm import gemm
 
-SCHEDULES: dict[str, dict[str, Callable[[PrimFunc, Target], PrimFunc]]] = {}
+SCHEDULES: dict[str, dict[str, Callable[[PrimFunc, Target], PrimFunc]]] = {
+    "int8_matmul.pack_weight": {"llvm": gemm.schedule_pack_weight},
+    "linear_a8w8_quant.gemm": {"llvm": gemm.schedule},
+    "linear_a8w8_quant.gemm_plain": {"llvm": gemm.schedule_plain},
+    "qordered_longformer_attention.gemm": {"llvm": gemm.schedule},
+    "qordered_longformer_attention.gemm_plain": {"llvm": gemm.schedule_plain},
+    "qordered_matmul.gemm": {"llvm": gemm.schedule},
+    "qordered_matmul.gemm_plain": {"llvm": gemm.schedule_plain},
+}
+
+INT8_TILES: dict[str, Callable[..., gemm.Tile]] = {"llvm": gemm.tile}
+"""Target kind -> how an int8 matmul packs its operands: ``tile(target, m, n, panel)``."""
 
 TIR_BUILDERS: dict[str, dict[str, Callable[[Any, Target], PrimFunc]]] = {}
 

@@ -1,0 +1,320 @@
+"""The int8 matrix product that the quantised operators share.
+
+    dot[z, m, n] = sum_k int32(a[z, m, k]) * int32(b[z, k, n])          exact, modulo 2^32
+    y[z, m, n]   = epilogue(dot[z, m, n], at, *operands)                fused, any dtype
+
+b is packed once, at compile time where it is a constant, into panels [zb, N/NB, K/G, NB, G] of NB
+columns and groups of G consecutive k, both zero-padded; a is packed by rows with K padded alike.
+NB, G and the packing of a are the target's (`schedules.INT8_TILES`). Where the target's dot product
+takes a shifted a, the surplus is a vector per column of b, subtracted before the epilogue.
+
+`Weight` and `int8_matmul` take batched matrices; N and K that are only known at the call lead to a
+plain kernel without packing. M and the batch may be symbolic in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import relax, te, tirx
+from tvm.ir import Expr
+from tvm.target import Target
+
+from .. import schedules
+from ..schedules.llvm.gemm import ROWS, Tile
+from .op import Dim, te_kernel
+from .orders import COLS, Order
+
+
+@dataclass(frozen=True)
+class At:
+    """Where an entry of the product stands, for an epilogue that reads operands."""
+
+    z: Expr
+    row: Expr
+    """In [0, M): rows of padding repeat the last one."""
+    col: Expr
+    """Into vectors of `Weight.columns`, which are padded like the weight."""
+    n: Expr
+    """In [0, N): columns of padding repeat the last one."""
+
+
+Entry = Callable[..., Expr]
+"""``entry(tensor, z, i, j)``: element (i, j) of matrix z of a tensor, wherever it is stored."""
+
+Epilogue = Callable[..., Expr]
+"""``epilogue(acc, at, *operands)``: the output element for the int32 ``acc`` standing ``at``."""
+
+
+def row_major(t, z, i, j):
+    """Entry of matrices [z, i, j]."""
+    return t[z, i, j]
+
+
+def transposed(t, z, i, j):
+    """Entry of matrices stored [z, j, i]."""
+    return t[z, j, i]
+
+
+def col32(t, z, i, j):
+    """Entry of COL32 matrices, stored [z, j/32, i, 32]."""
+    return t[z, j // COLS, i, j % COLS]
+
+
+@dataclass(frozen=True)
+class Left:
+    """The left operand: matrices a[z, m, k] = ``entry(data, z, m, k)``, int8."""
+
+    data: relax.Expr
+    m: Dim
+    batch: Dim = 1
+    entry: Entry = row_major
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The right operand, packed (``tile`` set) or as it came (``tile`` None).
+
+    Build it with `pack_weight`.
+    """
+
+    data: relax.Expr
+    """int8 [batch, N/NB, K/G, NB, G] packed; any shape that ``entry`` reads otherwise."""
+    excess: relax.Expr | None
+    """int32 [batch, N padded to NB]: the surplus of the target's dot product, if it has one."""
+    batch: Dim
+    n: Dim
+    k: Dim
+    entry: Entry
+    tile: Callable[[Dim], Tile] | None
+    """``tile(M)``: the register tile for M rows."""
+
+    @property
+    def padded_n(self) -> Dim:
+        if self.tile is None:
+            return self.n
+        cols = self.tile(1).cols
+        return -(-self.n // cols) * cols
+
+    def columns(self, bb: relax.BlockBuilder, values: np.ndarray | relax.Expr) -> relax.Expr:
+        """Values per column [..., N], zero-padded to be read at ``At.col``."""
+        if isinstance(values, np.ndarray):
+            pad = self.padded_n - values.shape[-1]
+            return relax.const(np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, pad)]))
+        if self.tile is None or self.padded_n == self.n:
+            return values
+
+        def pad_columns(x: te.Tensor) -> te.Tensor:
+            def value(*index):
+                *head, n = index
+                return tirx.if_then_else(n < self.n, x[(*head, n)], tirx.const(0, x.dtype))
+
+            return te.compute((*x.shape[:-1], _i64(self.padded_n)), value, name="pad_columns")
+
+        return te_kernel(bb, "int8_matmul.pad_columns", pad_columns, values)
+
+
+def pack_weight(
+    bb: relax.BlockBuilder,
+    target: Target,
+    source: np.ndarray | relax.Expr,
+    *,
+    n: Dim,
+    k: Dim,
+    batch: Dim = 1,
+    entry: Entry = row_major,
+    panel: int | None = None,
+) -> Weight:
+    """Pack the matrices b[z, k, n] = ``entry(source, z, n, k)``, int8.
+
+    ``entry`` is index arithmetic that holds for a NumPy array under index arrays and for a TE
+    tensor under TIR expressions: an array is packed here and now, a tensor by a kernel. ``panel``
+    fixes the panel's columns where the output's memory order asks for it (32 for COL32).
+    """
+    if not (isinstance(n, int) and isinstance(k, int)):
+        data = relax.const(source) if isinstance(source, np.ndarray) else source
+        return Weight(data, None, batch, n, k, entry, None)
+
+    def tile(m: Dim) -> Tile:
+        return schedules.INT8_TILES[target.kind.name](target, m, n, panel)
+
+    shape = tile(1)
+    cols, dot = shape.cols, shape.dot
+    panels, groups = -(-n // cols), -(-k // dot.group)
+    if isinstance(source, np.ndarray):
+        z, rows, ks = np.ogrid[:batch, :n, :k]
+        b = np.zeros((batch, panels * cols, groups * dot.group), np.int8)
+        b[:, :n, :k] = entry(source, z, rows, ks)
+        sums = b.sum(axis=2, dtype=np.int64).astype(np.int32)
+        packed = b.reshape(batch, panels, cols, groups, dot.group).transpose(0, 1, 3, 2, 4)
+        data = relax.const(np.ascontiguousarray(packed))
+        excess = relax.const(dot.excess(sums).astype(np.int32)) if dot.a_offset else None
+        return Weight(data, excess, batch, n, k, entry, tile)
+
+    def at(b, z, column, depth):
+        inside = []
+        if panels * cols != n:
+            inside.append(column < n)
+        if groups * dot.group != k:
+            inside.append(depth < k)
+        value = entry(b, z, column, depth)
+        return tirx.if_then_else(tirx.all(*inside), value, _i8(0)) if inside else value
+
+    def pack(b: te.Tensor) -> te.Tensor:
+        return te.compute(
+            _dims(batch, panels, groups, cols, dot.group),
+            lambda z, no, ko, ni, ki: at(b, z, no * cols + ni, ko * dot.group + ki),
+            name="pack_weight",
+        )
+
+    def excess_of(packed: te.Tensor) -> te.Tensor:
+        ko = te.reduce_axis((_i64(0), _i64(groups)), "ko")
+        ki = te.reduce_axis((_i64(0), _i64(dot.group)), "ki")
+        sums = te.compute(
+            _dims(batch, panels * cols),
+            lambda z, n: te.sum(packed[z, n // cols, ko, n % cols, ki].astype("int32"), [ko, ki]),
+            name="column_sum",
+        )
+        return te.compute(sums.shape, lambda z, n: dot.excess(sums[z, n]), name="excess")
+
+    data = te_kernel(bb, "int8_matmul.pack_weight", pack, source)
+    excess = te_kernel(bb, "int8_matmul.excess", excess_of, data) if dot.a_offset else None
+    return Weight(data, excess, batch, n, k, entry, tile)
+
+
+def int8_matmul(
+    bb: relax.BlockBuilder,
+    kernel: str,
+    left: Left,
+    weight: Weight,
+    epilogue: Epilogue,
+    *,
+    operands: Sequence[relax.Expr] = (),
+    order: Order = Order.ROW,
+    batch: Dim | None = None,
+    left_batch: Callable[[Expr], Expr] | None = None,
+    weight_batch: Callable[[Expr], Expr] | None = None,
+) -> relax.Expr:
+    """Emit ``left @ weight`` with its epilogue as the kernel ``kernel`` (``<kernel>_plain`` for an
+    unpacked weight).
+
+    Args:
+        epilogue: see `Epilogue`; its dtype is the output's. ``operands`` reach it as TE tensors.
+        order: of the result. ROW gives [batch, M, N], COL32 [batch, N/32, M, 32], for which the
+            weight must have been packed in panels of 32.
+        batch: of the result, that of ``left`` by default.
+        left_batch, weight_batch: matrix of each operand for batch entry z; by default z itself,
+            or 0 where the operand has batch 1.
+    """
+    batch = left.batch if batch is None else batch
+    left_batch = left_batch or _batch_map(left.batch)
+    weight_batch = weight_batch or _batch_map(weight.batch)
+    tile = None if weight.tile is None else weight.tile(left.m)
+
+    def definition(a: te.Tensor, b: te.Tensor, *rest: te.Tensor) -> te.Tensor:
+        """Blocks ``pack_a`` (packed only), ``dot``, ``epilogue``, ``store``."""
+        surplus, rest = (None, rest) if weight.excess is None else (rest[0], rest[1:])
+
+        def finish(dot: te.Tensor, z: Expr, row: Expr, col: Expr, *panel: Expr) -> Expr:
+            acc = dot[(z, row, *panel)]
+            at = At(z, row, col, col)
+            if tile is not None:
+                if surplus is not None:
+                    acc = acc - surplus[weight_batch(z), col]
+                n = col if weight.padded_n == weight.n else tirx.min(col, _i64(weight.n - 1))
+                at = At(z, tirx.min(row, _i64(left.m) - 1), col, n)
+            return epilogue(acc, at, *rest)
+
+        if tile is None:
+            dot = _plain_dot(a, b, left, weight, batch, left_batch, weight_batch)
+            value = te.compute(dot.shape, lambda z, m, n: finish(dot, z, m, n, n), name="epilogue")
+            return _store(value, order, lambda z, m, n: value[z, m, n], left.m, weight.n)
+        dot = _packed_dot(a, b, left, weight, tile, batch, left_batch, weight_batch)
+        cols = tile.cols
+        value = te.compute(
+            dot.shape,
+            lambda z, m, no, ni: finish(dot, z, m, no * cols + ni, no, ni),
+            name="epilogue",
+        )
+        return _store(
+            value, order, lambda z, m, n: value[z, m, n // cols, n % cols], left.m, weight.n
+        )
+
+    tensors = [left.data, weight.data]
+    tensors += [] if weight.excess is None else [weight.excess]
+    if tile is None:
+        return te_kernel(bb, f"{kernel}_plain", definition, *tensors, *operands)
+    return te_kernel(bb, kernel, definition, *tensors, *operands, **{ROWS: tile.rows})
+
+
+def _packed_dot(a, b, left: Left, weight: Weight, tile: Tile, batch, left_batch, weight_batch):
+    """dot [batch, M padded to the tile, N/NB, NB], int32."""
+    dot, rows = tile.dot, tile.rows
+    groups = -(-weight.k // dot.group)
+    m = _i64(left.m)
+    padded_m = tirx.floordiv(m + (rows - 1), rows) * rows
+
+    def value(z, row, ko, ki):
+        k = ko * dot.group + ki
+        inside = row < m if groups * dot.group == weight.k else tirx.all(row < m, k < weight.k)
+        return dot.pack(tirx.if_then_else(inside, left.entry(a, z, row, k), _i8(0)))
+
+    packed = te.compute(
+        [*_dims(left.batch), padded_m, *_dims(groups, dot.group)], value, name="pack_a"
+    )
+    ko = te.reduce_axis((_i64(0), _i64(groups)), "ko")
+    ki = te.reduce_axis((_i64(0), _i64(dot.group)), "ki")
+    return te.compute(
+        [*_dims(batch), padded_m, *_dims(weight.padded_n // tile.cols, tile.cols)],
+        lambda z, row, no, ni: te.sum(
+            packed[left_batch(z), row, ko, ki].astype("int32")
+            * b[weight_batch(z), no, ko, ni, ki].astype("int32"),
+            [ko, ki],
+        ),
+        name="dot",
+    )
+
+
+def _plain_dot(a, b, left: Left, weight: Weight, batch, left_batch, weight_batch):
+    """dot [batch, M, N], int32."""
+    k = te.reduce_axis((_i64(0), _i64(weight.k)), "k")
+    return te.compute(
+        _dims(batch, left.m, weight.n),
+        lambda z, m, n: te.sum(
+            left.entry(a, left_batch(z), m, k).astype("int32")
+            * weight.entry(b, weight_batch(z), n, k).astype("int32"),
+            k,
+        ),
+        name="dot",
+    )
+
+
+def _store(value, order: Order, read: Callable[..., Expr], m: Dim, n: Dim) -> te.Tensor:
+    """The result in its memory order, without the padding."""
+    batch = value.shape[0]
+    if order is Order.COL32:
+        return te.compute(
+            [batch, *_dims(n // COLS, m, COLS)],
+            lambda z, g, m, i: read(z, m, g * COLS + i),
+            name="store",
+        )
+    return te.compute([batch, *_dims(m, n)], read, name="store")
+
+
+def _batch_map(batch: Dim) -> Callable[[Expr], Expr]:
+    return (lambda z: _i64(0)) if isinstance(batch, int) and batch == 1 else lambda z: z
+
+
+def _dims(*dims: Dim) -> list[Expr]:
+    return [_i64(dim) for dim in dims]
+
+
+def _i64(value: Dim) -> Expr:
+    """Shapes are int64 throughout: Relax's are, and mixing widths litters the IR with casts."""
+    return tirx.const(value, "int64") if isinstance(value, int) else value
+
+
+def _i8(value: int) -> Expr:
+    return tirx.const(value, "int8")

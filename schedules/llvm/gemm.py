@@ -1,0 +1,144 @@
+"""The int8 matmul on a CPU. Expects the blocks of ``relay_ops.int8_matmul``: ``pack_a``, ``dot``,
+``epilogue``, ``store``; leaves
+
+    parallel row:                             all of A, packed once
+        pack_a
+    parallel (batch, panel, row tile):        a thread's run of tiles shares its panel of B
+        dot_init                              rows x NB int32, in registers
+        for k group:
+            unrolled rows x vectors:          one tensorized dot product each
+        epilogue, store                       from registers to the output, vectorised
+
+No int32 matrix reaches memory. Where NB does not divide N the last panel is computed whole, into a
+thread-local tile, and only its valid columns are stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import s_tir
+from tvm.target import Target
+from tvm.tirx import IntImm, PrimFunc
+
+from ..intrin import x86
+
+ROWS = "opferry.rows"
+"""Attribute of the kernel: rows of its register tile."""
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tunables of one instruction tier."""
+
+    rows: int
+    """Rows of the register tile."""
+    vectors: int
+    """Registers of B across the register tile."""
+
+
+CONFIGS = {
+    # rows * vectors accumulators, vectors of B and one of A must fit the register file.
+    x86.VNNI_512: GemmConfig(rows=12, vectors=2),
+    x86.VNNI_256: GemmConfig(rows=6, vectors=2),
+    x86.AVX512BW: GemmConfig(rows=12, vectors=2),
+    x86.AVX2: GemmConfig(rows=4, vectors=2),
+    x86.PORTABLE: GemmConfig(rows=2, vectors=1),
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What the definition must know of the schedule: how operands are packed, which tile is full.
+
+    A is padded to multiples of ``rows``, B packed [N/cols, K/group, cols, group].
+    """
+
+    rows: int
+    cols: int
+    dot: x86.DotProduct
+
+
+def tile(target: Target, m: object, n: int, panel: int | None = None) -> Tile:
+    """Register tile for an ``m`` x ``n`` product (``m`` may be symbolic); ``panel`` fixes the
+    columns that consecutive memory of the output holds.
+    """
+    dot = x86.pick(target)
+    config = CONFIGS[dot]
+    vectors = min(config.vectors, -(-n // dot.lanes))
+    cols = panel or vectors * dot.lanes
+    rows = config.rows * config.vectors * dot.lanes // cols
+    if isinstance(m, int):  # equal tiles: 13 rows are 7 + 7, not 12 + 12
+        rows = -(-m // -(-m // rows))
+    return Tile(rows, cols, dot)
+
+
+def schedule(func: PrimFunc, target: Target) -> PrimFunc:
+    """Schedule of the packed int8 matmul."""
+    dot = x86.pick(target)
+    sch = s_tir.Schedule(func)
+    pack, acc = sch.get_sblock("pack_a"), sch.get_sblock("dot")
+    epilogue, store = sch.get_sblock("epilogue"), sch.get_sblock("store")
+
+    z, m, no, ni, ko, ki = sch.get_loops(acc)
+    rows, cols = int(func.attrs[ROWS]), _extent(sch, ni)
+    mo, mi = sch.split(m, [None, rows])
+    nv, nl = sch.split(ni, [None, dot.lanes])
+    sch.reorder(z, no, mo, ko, mi, nv, nl, ki)
+    sch.set_scope(acc, 0, "local")
+
+    whole_panels = _extent(sch, sch.get_loops(store)[-1]) % cols == 0
+    if whole_panels:
+        sch.compute_inline(epilogue)
+        sch.reverse_compute_at(store, mo)
+        _vectorize_tile(sch, store, dot.lanes)
+    else:
+        sch.set_scope(epilogue, 0, "local")
+        sch.reverse_compute_at(epilogue, mo)
+        sch.reverse_compute_at(store, mo)
+        _vectorize_tile(sch, epilogue, dot.lanes)
+
+    sch.parallel(sch.fuse(z, no, mo))
+    sch.unroll(mi)
+    sch.unroll(nv)
+    if dot.intrin:
+        init = sch.decompose_reduction(acc, ko)
+        sch.vectorize(sch.get_loops(init)[-1])
+        sch.tensorize(nl, dot.intrin)
+    else:
+        sch.reorder(ki, nl)
+        sch.vectorize(nl)
+        sch.decompose_reduction(acc, ko)
+    sch.parallel(sch.fuse(*sch.get_loops(pack)[:2]))
+    return sch.mod["main"]
+
+
+def schedule_plain(func: PrimFunc, _: Target) -> PrimFunc:
+    """Rows in parallel; for products whose N or K is only known at the call."""
+    sch = s_tir.Schedule(func)
+    acc, store = sch.get_sblock("dot"), sch.get_sblock("store")
+    sch.parallel(sch.fuse(*sch.get_loops(store)[:2]))
+    sch.parallel(sch.fuse(*sch.get_loops(acc)[:2]))
+    return sch.mod["main"]
+
+
+def schedule_pack_weight(func: PrimFunc, _: Target) -> PrimFunc:
+    """Panels in parallel, each written front to back."""
+    sch = s_tir.Schedule(func)
+    sch.parallel(sch.fuse(*sch.get_loops(sch.get_sblock("pack_weight"))[:2]))
+    return sch.mod["main"]
+
+
+def _vectorize_tile(sch: s_tir.Schedule, block, lanes: int) -> None:
+    """Unroll the rows and registers of a [rows, NB] block, vectorise the lanes of a register."""
+    mi, ni = sch.get_loops(block)[-2:]
+    nv, nl = sch.split(ni, [None, lanes])
+    sch.unroll(mi)
+    sch.unroll(nv)
+    sch.vectorize(nl)
+
+
+def _extent(sch: s_tir.Schedule, loop) -> int:
+    extent = sch.get(loop).extent
+    assert isinstance(extent, IntImm), f"found a loop of extent {extent}, expected a constant"
+    return int(extent.value)
