@@ -16,8 +16,10 @@ from tvm.target import Target
 
 from ..frontend.importer import Imported, import_model
 from ..frontend.model import Shapes, load, prepare
+from ..runtime.errors import OpferryError, UnsupportedError
 from ..runtime.manifest import Manifest, Tensor
 from ..runtime.module import Module, versions
+from ..runtime.quiet import without_noise
 from ..schedules.apply import ApplySchedules
 from . import target as targets
 
@@ -47,19 +49,52 @@ def compile(
     """
     resolved = targets.resolve(target)
     progress("load")
-    proto = prepare(load(model), shapes)
+    return compile_prepared(
+        prepare(load(model), shapes), resolved, threads=threads, dump_ir=dump_ir, progress=progress
+    )
+
+
+def compile_prepared(
+    model: onnx.ModelProto,
+    target: Target,
+    *,
+    threads: int | None = None,
+    dump_ir: str | os.PathLike[str] | None = None,
+    progress: Progress = lambda step: None,
+) -> Module:
+    """``compile`` for a model that went through ``frontend.model.prepare``."""
     progress("import")
-    imported = import_model(proto, resolved)
-    progress("optimise")
-    with resolved:
-        module = pipeline(resolved, dump_ir)(imported.module)
-    progress("generate code")
-    executable = relax.build(module, resolved, relax_pipeline=None)
+    with without_noise():
+        imported = import_model(model, target)
+    executable = _build(imported, target, dump_ir, progress)
 
     def export(path: Path) -> None:
         executable.export_library(str(path))
 
-    return Module(_manifest(imported, resolved), executable.jit, export, threads)
+    return Module(_manifest(imported, target), executable.jit, export, threads)
+
+
+def _build(
+    imported: Imported,
+    target: Target,
+    dump_ir: str | os.PathLike[str] | None,
+    progress: Progress,
+) -> relax.VMExecutable:
+    """Optimise and generate code; what TVM cannot do leaves as ``UnsupportedError``."""
+    try:
+        with without_noise(), target:
+            progress("optimise")
+            module = pipeline(target, dump_ir)(imported.module)
+            progress("generate code")
+            return relax.build(module, target, relax_pipeline=None)
+    except (OpferryError, OSError):
+        raise
+    except Exception as error:  # TVM's errors have no common base
+        symbols = sorted({d for i in imported.inputs for d in i.shape if isinstance(d, str)})
+        hint = f"; binding dimensions {symbols} with shapes= may help" if symbols else ""
+        raise UnsupportedError(
+            f"TVM cannot compile the model for {target.kind.name}: {error}{hint}"
+        ) from error
 
 
 def pipeline(target: Target, dump_ir: str | os.PathLike[str] | None = None) -> Pass:

@@ -9,6 +9,7 @@ from tvm.target import Target, codegen
 
 from ..runtime import cpu
 from ..runtime.errors import OpferryError, UnsupportedError
+from ..runtime.quiet import without_noise
 
 TARGETS: dict[str, dict[str, Any]] = {
     "x86-64": {"kind": "llvm", "mcpu": "x86-64"},
@@ -34,11 +35,12 @@ def resolve(target: str | Mapping[str, Any] | Target) -> Target:
     if isinstance(target, str) and target in TARGETS:
         return Target(TARGETS[target])
     try:
-        resolved = (
-            target
-            if isinstance(target, Target)
-            else Target(dict(target) if isinstance(target, Mapping) else target)
-        )
+        with without_noise():
+            resolved = (
+                target
+                if isinstance(target, Target)
+                else Target(dict(target) if isinstance(target, Mapping) else target)
+            )
     except (ValueError, TypeError, RuntimeError) as error:
         raise OpferryError(
             f"target: found {target!r}, allowed 'llvm', {sorted(TARGETS)}, "

@@ -12,6 +12,8 @@ import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from .schemas.check import subgraphs
+
 _NOT_A_FUNCTION = {
     "RandomNormal",
     "RandomUniform",
@@ -57,10 +59,7 @@ def _foldable(node: NodeProto, known: dict[str, onnx.TensorProto]) -> bool:
         node.domain in ("", "ai.onnx")
         and node.op_type not in _NOT_A_FUNCTION
         and all(name in known for name in node.input if name)
-        and not any(
-            a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-            for a in node.attribute
-        )
+        and not any(subgraphs(node))
     )
 
 
@@ -78,9 +77,10 @@ def _evaluate(node, known, opsets) -> dict[str, onnx.TensorProto] | None:
         list(feeds.values()),
     )
     try:
-        results = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets)).run(
-            None, {}
-        )
+        with np.errstate(all="ignore"):
+            results = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets)).run(
+                None, {}
+            )
     except Exception:  # the reference raises anything for what it lacks; the node then stays a node
         return None
     if not all(isinstance(result, np.ndarray | np.generic) for result in results):
@@ -98,9 +98,8 @@ def _evaluate(node, known, opsets) -> dict[str, onnx.TensorProto] | None:
 def _captured(node: NodeProto) -> set[str]:
     """Names that a node's subgraphs read, from wherever."""
     names: set[str] = set()
-    for attribute in node.attribute:
-        for graph in [attribute.g, *attribute.graphs] if attribute.type in (5, 10) else []:
-            for inner in graph.node:
-                names |= set(inner.input) | _captured(inner)
-            names |= {value.name for value in graph.output}
+    for graph in subgraphs(node):
+        names |= {value.name for value in graph.output}
+        for inner in graph.node:
+            names |= set(inner.input) | _captured(inner)
     return names

@@ -1,23 +1,22 @@
 """The walk from ONNX to Relax: standard operators by TVM's importer, ours by the operator table.
 
-TVM's importer has no hook for new operators and ignores domains. Two of its methods are overridden,
-and before the walk every node of ours is given a name that no other operator can have, and every
-node of a foreign domain is refused; a contract test fails in plain words if a TVM release changes
-either method.
+TVM's importer has no hook for new operators and ignores domains. Some of its methods are overridden
+(``OVERRIDDEN``), and before the walk every node of ours is given a name that no other operator can
+have, and every node of a foreign domain is refused; a contract test fails in plain words if a TVM
+release changes one of those methods.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-from collections.abc import Iterator
+import re
+import threading
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from tvm import relax, tirx
-from tvm.ir import GenericConst, IRModule
+from tvm.ir import GenericConst, IRModule, PrimType
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_convert_map
 from tvm.target import Target
 
@@ -26,7 +25,7 @@ from ..relay_ops.op import Node, Op
 from ..runtime.checks import Check
 from ..runtime.errors import OpferryError, UnsupportedError
 from . import schemas
-from .model import TensorSpec, elem_type, graph_inputs, opset, tensor_spec
+from .model import TensorSpec, all_nodes, elem_type, graph_inputs, opset, tensor_spec
 from .schemas.check import check_types, decode_attributes, node_label
 
 CONTRIB = frozenset(
@@ -34,8 +33,26 @@ CONTRIB = frozenset(
 )
 """Operators of com.microsoft that TVM converts with that meaning."""
 
+OVERRIDDEN = {
+    "_check_for_unsupported_ops": ("self", "graph"),
+    "_construct_nodes": ("self", "graph"),
+    "_convert_operator": ("self", "op_name", "inputs", "attrs", "opset"),
+    "_convert_subgraph": ("self", "bb", "graph"),
+    "_sanitize_name": ("self", "name"),
+}
+"""Methods of TVM's importer that ``_Importer`` replaces, with the parameters it relies on."""
+
 _BUILT_IN = frozenset({"Constant", "If"})
 _PREFIX = "opferry::"
+_TAKES_SHAPES = frozenset(
+    {
+        *("Cast", "CastLike", "Concat", "ConstantOfShape", "Equal", "Expand", "Gather", "Reshape"),
+        *("Resize", "Shape", "Slice", "Squeeze", "Where"),
+    }
+)
+"""Operators whose converters take a ShapeExpr as it is; for the others it becomes a tensor."""
+
+_BUILDER = threading.Lock()  # TVM's BlockBuilder keeps one stack for the whole process
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,8 @@ def import_model(model: ModelProto, target: Target) -> Imported:
         raise UnsupportedError(f"unsupported operators: {', '.join(unsupported)}")
     inputs = tuple(tensor_spec(value) for value in graph_inputs(model.graph))
     importer = _Importer(inputs, target)
-    module = importer.convert(model)
+    with _BUILDER:
+        module = importer.convert(model)
     return Imported(
         module,
         inputs,
@@ -77,11 +95,12 @@ def unsupported_operators(graph: GraphProto) -> list[str]:
     graph order.
     """
     convertible = _get_convert_map().keys() | _BUILT_IN
+    ours = {op.name for op in OPS}
     found = []
-    for node in _nodes(graph):
+    for node in all_nodes(graph):
         standard = node.domain in ("", "ai.onnx")
         if (
-            schemas.schema(node.domain, node.op_type)
+            f"{node.domain}::{node.op_type}" in ours
             or (standard and node.op_type in convertible)
             or (node.domain == "com.microsoft" and node.op_type in CONTRIB)
         ):
@@ -106,13 +125,15 @@ class _Importer(ONNXGraphImporter):
         walked = ModelProto()
         walked.CopyFrom(model)
         self._claim(walked.graph)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Renaming name")
+        try:
             return self.from_onnx(walked.graph, opset(model))
+        except _Refused as refusal:
+            self.bb._end_block()  # else TVM complains about it when the builder is freed
+            raise refusal.error from refusal.error.__cause__
 
     def _claim(self, graph: GraphProto) -> None:
         table = {op.name: op for op in OPS}
-        for node in _nodes(graph):
+        for node in all_nodes(graph):
             if schemas.schema(node.domain, node.op_type):
                 original = NodeProto()
                 original.CopyFrom(node)
@@ -124,28 +145,46 @@ class _Importer(ONNXGraphImporter):
     def _check_for_unsupported_ops(self, graph: GraphProto) -> None:
         """Done before, for all domains and subgraphs, by ``unsupported_operators``."""
 
+    def _sanitize_name(self, name: str) -> str:
+        """An identifier that no other variable has; ours does not warn."""
+        return self._name_supply.fresh_name("v_" + re.sub(r"\W", "_", name, flags=re.ASCII))
+
     def _construct_nodes(self, graph: GraphProto) -> None:
         for node in graph.node:
-            if node.op_type.startswith(_PREFIX):
-                for name in filter(None, node.input):
-                    self._nodes[name] = self._as_tensor(self._nodes[name])
-            step = GraphProto(node=[node])
+            for name in filter(None, node.input):
+                self._nodes[name] = self._prepared(node, self._nodes[name])
             try:
-                with contextlib.redirect_stdout(io.StringIO()):  # it prints before it raises
-                    super()._construct_nodes(step)
-            except OpferryError:
-                raise
-            except Exception as error:
-                raise UnsupportedError(
-                    f"{node_label(node)}: TVM's importer cannot convert it: {error}"
-                ) from error
+                super()._construct_nodes(GraphProto(node=[node]))
+            except (Exception, _Refused) as error:
+                raise _Refused(_naming(node, error)) from error
         for value in graph.output:
             self._nodes[value.name] = self._as_tensor(self._nodes[value.name])
 
+    def _convert_subgraph(self, bb: relax.BlockBuilder, graph: GraphProto) -> relax.Expr:
+        """A branch with its bindings inside it, so that only the chosen one is computed."""
+        outer = dict(self._nodes)
+        bb._begin_binding_block()
+        try:
+            for tensor in graph.initializer:
+                self._nodes[tensor.name] = relax.const(self._parse_array(tensor))
+            self._construct_nodes(graph)
+            outputs = [bb.emit(self._nodes[value.name]) for value in graph.output]
+        finally:
+            block = bb._end_block()
+            self._nodes = outer
+        return relax.SeqExpr([block], outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
+
     def _convert_operator(self, op_name, inputs, attrs, opset):
-        if not op_name.startswith(_PREFIX):
+        try:
+            if op_name.startswith(_PREFIX):
+                return self._lower(*self.ours[int(op_name.removeprefix(_PREFIX))], inputs)
+            if op_name == "Gather" and (dims := _gathered_dims(inputs[0], inputs[1])) is not None:
+                return dims
             return super()._convert_operator(op_name, inputs, attrs, opset)
-        proto, op = self.ours[int(op_name.removeprefix(_PREFIX))]
+        except Exception as error:
+            raise _Refused(error) from error
+
+    def _lower(self, proto: NodeProto, op: Op, inputs) -> relax.Expr:
         outputs = list(op.lower(self.bb, self._node(proto, op.schema, inputs)))
         outputs = outputs[: len(proto.output)]
         present = next(output for output in outputs if output is not None)
@@ -190,16 +229,50 @@ class _Importer(ONNXGraphImporter):
         dims = [tirx.Var(f"{name}_{axis}", "int64") for axis in range(expr.ty.ndim)]
         return self.bb.match_cast(expr, relax.TensorType(dims, expr.ty.dtype))
 
+    def _prepared(self, node: NodeProto, expr: relax.Expr) -> relax.Expr:
+        """An input as the node's converter takes it: many know neither ShapeExpr nor scalars."""
+        if node.op_type in _TAKES_SHAPES:
+            to = next((a.i for a in node.attribute if a.name == "to"), TensorProto.INT64)
+            return expr if to == TensorProto.INT64 else self._as_tensor(expr)
+        if node.op_type.startswith(_PREFIX) or isinstance(expr.ty, relax.ShapeType):
+            return self._as_tensor(expr)
+        return expr
+
     def _as_tensor(self, expr: relax.Expr) -> relax.Expr:
         """Shapes and sizes, which TVM's importer keeps symbolic, as int64 tensors."""
         if isinstance(expr.ty, relax.ShapeType):
             return self.bb.emit(relax.op.shape_to_tensor(expr))
+        if isinstance(expr.ty, PrimType):
+            size = expr if str(expr.ty) == "int64" else expr.astype("int64")
+            vector = self.bb.emit(relax.op.shape_to_tensor(relax.ShapeExpr([size])))
+            return self.bb.emit(relax.op.reshape(vector, ()))
         return expr
 
 
-def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _nodes(attribute.g)
+class _Refused(BaseException):
+    """Carries an error through TVM's importer, which prints every Exception that it sees."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
+
+
+def _naming(node: NodeProto, error: BaseException) -> OpferryError:
+    """``error``, or what it carries, as an error of ours that names the node."""
+    if isinstance(error, _Refused):
+        error = error.error
+    if isinstance(error, OpferryError):
+        return error
+    refusal = UnsupportedError(f"{node_label(node)}: TVM's importer cannot convert it: {error}")
+    refusal.__cause__ = error
+    return refusal
+
+
+def _gathered_dims(data: relax.Expr, indices: relax.Expr) -> relax.ShapeExpr | None:
+    """Gather(Shape(x), constant vector) as dimensions, which a Reshape can use; else None."""
+    if not (isinstance(data, relax.ShapeExpr) and isinstance(indices, GenericConst)):
+        return None
+    chosen = indices.value.numpy()
+    if chosen.ndim != 1 or not np.all((-len(data) <= chosen) & (chosen < len(data))):
+        return None
+    return relax.ShapeExpr([data[int(i) % len(data)] for i in chosen])

@@ -44,18 +44,22 @@ class Manifest:
 
     def to_json(self) -> str:
         data = {"format": FORMAT, **asdict(self)}
-        return json.dumps(data, indent=2) + "\n"
+        return json.dumps({**data, "checksum": _checksum(data)}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> Manifest:
-        """``ArtifactError`` naming ``where`` when the text is not a manifest of this format."""
+        """``ArtifactError`` naming ``where`` when the text is not an unchanged manifest of this
+        format.
+        """
         try:
             data = json.loads(text)
             found = data.pop("format")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ArtifactError(f"{where}: found no manifest: {error}") from error
         if found != FORMAT:
             raise ArtifactError(f"{where}: found format {found}, allowed {FORMAT}")
+        if data.pop("checksum", None) != _checksum({"format": found, **data}):
+            raise ArtifactError(f"{where}: found other content than was saved (checksum differs)")
         try:
             return cls(
                 inputs=tuple(_tensor(entry) for entry in data.pop("inputs")),
@@ -66,7 +70,9 @@ class Manifest:
                 **data,
             )
         except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{where}: found a damaged manifest: {error}") from error
+            raise ArtifactError(
+                f"{where}: found a manifest of another version of opferry: {error}"
+            ) from error
 
     def require_this_machine(self, where: Path | str) -> None:
         """``ArtifactError`` if this CPU lacks the architecture or an instruction set the library
@@ -83,6 +89,12 @@ class Manifest:
                 f"{where}: built for {self.target.get('mcpu', 'another CPU')}, "
                 f"this CPU lacks {', '.join(missing)}; compile for a target that it has"
             )
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    """SHA-256 of the manifest itself, whatever the order and layout of its text."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

@@ -6,8 +6,8 @@ import contextlib
 import functools
 import os
 import shutil
-import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from . import cpu
 from . import threads as thread_pool
 from .errors import (
     ArtifactError,
@@ -23,7 +24,7 @@ from .errors import (
     OpferryError,
 )
 from .manifest import NAME, Manifest, Tensor, sha256
-from .quiet import without_scope_warnings
+from .quiet import without_noise
 
 thread_pool.reserve()
 
@@ -84,7 +85,7 @@ class Module:
             tensors = [tvm.runtime.tensor(arrays[spec.name]) for spec in self.inputs]
             try:
                 result = main(*tensors)
-            except (RuntimeError, ValueError, AssertionError) as error:
+            except (ValueError, AssertionError) as error:  # asserts of kernels and of the VM
                 raise InvalidInputError(str(error)) from error
         results = [result] if len(self.outputs) == 1 else list(result)
         return {spec.name: value.numpy() for spec, value in zip(self.outputs, results)}
@@ -94,24 +95,26 @@ class Module:
         module.
         """
         target = Path(folder)
-        if (
-            target.exists()
-            and not (target / NAME).is_file()
-            and (not target.is_dir() or any(target.iterdir()))
-        ):
+        if _occupied(target):
             raise ArtifactError(
                 f"{target}: found something that is no saved module, allowed a new folder"
             )
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with _staging(target) as stage:
-                with without_scope_warnings():
+                with without_noise():
                     self._export(stage / LIBRARY)
                 manifest = replace(self.manifest, files={LIBRARY: sha256(stage / LIBRARY)})
-                (stage / NAME).write_text(manifest.to_json())
+                (stage / NAME).write_text(manifest.to_json(), encoding="utf-8")
+                _sync(stage)
                 _replace(stage, target)
         except OSError as error:
             raise ArtifactError(f"{target}: cannot be written: {error}") from error
+        except (RuntimeError, ValueError) as error:  # TVM's, from the linker
+            raise ArtifactError(
+                f"{target}: the library cannot be linked for {self.manifest.architecture or 'it'} "
+                f"on this {cpu.architecture()} machine: {error}"
+            ) from error
 
     def __repr__(self) -> str:
         def show(tensors: tuple[Tensor, ...]) -> str:
@@ -124,7 +127,7 @@ class Module:
     @functools.cached_property
     def _main(self) -> Callable[..., Any]:
         self.manifest.require_this_machine("module")
-        with without_scope_warnings():
+        with without_noise():
             machine = vm.VirtualMachine(self._executable(), tvm.cpu())
         return machine["main"]
 
@@ -149,27 +152,37 @@ def load(folder: str | os.PathLike[str], threads: int | None = None) -> Module:
     """
     folder = Path(folder)
     try:
-        text = (folder / NAME).read_text()
+        text = (folder / NAME).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{folder}: found no saved module: {error}") from error
     manifest = Manifest.from_json(text, folder / NAME)
-    if LIBRARY not in manifest.files:
+    if manifest.files.keys() != {LIBRARY}:
         raise ArtifactError(
             f"{folder / NAME}: found files {sorted(manifest.files)}, allowed {LIBRARY}"
         )
-    for name, digest in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ArtifactError(f"{path}: found nothing, the manifest lists it")
-        if sha256(path) != digest:
-            raise ArtifactError(f"{path}: found other content than was saved (checksum differs)")
+    try:
+        digest = sha256(folder / LIBRARY)
+    except OSError as error:
+        raise ArtifactError(f"{folder / LIBRARY}: cannot be read: {error}") from error
+    if digest != manifest.files[LIBRARY]:
+        raise ArtifactError(
+            f"{folder / LIBRARY}: found other content than was saved (checksum differs)"
+        )
     manifest.require_this_machine(folder)
     _require_same_tvm(manifest, folder)
 
+    try:
+        with without_noise():
+            library = load_module(str(folder / LIBRARY))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ArtifactError(f"{folder / LIBRARY}: cannot be loaded: {error}") from error
+
     def export(path: Path) -> None:
         shutil.copyfile(folder / LIBRARY, path)
+        if sha256(path) != manifest.files[LIBRARY]:
+            raise ArtifactError(f"{folder / LIBRARY}: has changed since it was loaded")
 
-    return Module(manifest, lambda: load_module(str(folder / LIBRARY)), export, threads)
+    return Module(manifest, lambda: library, export, threads)
 
 
 def versions() -> dict[str, str]:
@@ -190,11 +203,8 @@ def as_array(spec: Tensor, value: Any) -> np.ndarray:
     another.
     """
     try:
-        if hasattr(value, "__array__") or not hasattr(value, "__dlpack__"):
-            array = np.asarray(value)
-        else:
-            array = np.from_dlpack(value)
-    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        array = _to_numpy(value)
+    except Exception as error:  # whatever the object's own protocol raises
         raise InvalidInputTypeError(
             f'input "{spec.name}": found {type(value).__name__}, allowed an array: {error}'
         ) from error
@@ -207,7 +217,17 @@ def as_array(spec: Tensor, value: Any) -> np.ndarray:
             f'input "{spec.name}": found shape {array.shape}, allowed {len(spec.shape)} dimensions '
             f"{_show(spec.shape)}"
         )
-    return np.ascontiguousarray(array).reshape(array.shape)
+    native = array.dtype.newbyteorder("=")
+    return np.ascontiguousarray(array, native).reshape(array.shape)
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    if not hasattr(value, "__dlpack__"):
+        return np.asarray(value)
+    try:
+        return np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
+    except (TypeError, RuntimeError, BufferError):  # NumPy's DLPack has no bfloat16
+        return tvm.runtime.from_dlpack(value).numpy()
 
 
 def bind_dimensions(specs: tuple[Tensor, ...], arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
@@ -251,20 +271,43 @@ def _require_same_tvm(manifest: Manifest, folder: Path) -> None:
             raise ArtifactError(f"{folder}: built with {name} {built}, installed is {here[name]}")
 
 
+def _occupied(target: Path) -> bool:
+    """Whether something that is neither a saved module nor an empty folder lies there."""
+    try:
+        if not target.is_dir():
+            return target.exists() or target.is_symlink()
+        return not (target / NAME).is_file() and any(target.iterdir())
+    except OSError as error:
+        raise ArtifactError(f"{target}: cannot be looked into: {error}") from error
+
+
 @contextlib.contextmanager
 def _staging(target: Path) -> Iterator[Path]:
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    """A new hidden folder beside ``target``, gone at the end unless it was moved away."""
+    stage = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    stage.mkdir()
     try:
         yield stage
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def _sync(folder: Path) -> None:
+    """Have the files on disk before their folder gets its name, so that a power cut cannot empty
+    them.
+    """
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _replace(stage: Path, target: Path) -> None:
     """Move ``stage`` to ``target``; a previous module is moved aside first and put back if the move
     fails.
     """
-    stage.chmod(0o777 & ~_umask())
     old = None
     if target.exists():
         old = stage.with_name(stage.name + ".old")
@@ -277,9 +320,3 @@ def _replace(stage: Path, target: Path) -> None:
         raise
     if old:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
