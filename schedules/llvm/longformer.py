@@ -100,19 +100,24 @@ def tiles(target: Target, head_size: int) -> Tiles:
 def global_tokens(problem: Problem, target: Target) -> PrimFunc:
     """Where the global tokens are.
 
-    flags int32 [B, S] -> positions int32 [B, S] (ascending, the first rank[b, S] of a row are
-    written), rank int32 [B, S + 1] (global tokens before a position), offsets int32 [B + 1] (global
-    tokens of the batch entries before b; the last one is the total).
+    flags int32 [B, S]
+    -> positions int32 [B, S]: ascending in each row, of which the first rank[b, S] are written;
+    rank int32 [B, S + 1]: global tokens before a position; offsets int32 [B]: global tokens of
+    the batch entries before b; sizes int64 [2]: global tokens of all entries, and S if there are
+    any, else 0.
     """
 
     @T.prim_func(s_tir=True, private=True)
-    def global_tokens(flags: T.handle, positions: T.handle, rank: T.handle, offsets: T.handle):
+    def global_tokens(
+        flags: T.handle, positions: T.handle, rank: T.handle, offsets: T.handle, sizes: T.handle
+    ):
         T.func_attr({"tirx.noalias": True})
         B, S = T.int64(), T.int64()
         Flags = T.match_buffer(flags, (B, S), "int32")
         Positions = T.match_buffer(positions, (B, S), "int32")
         Rank = T.match_buffer(rank, (B, S + 1), "int32")
-        Offsets = T.match_buffer(offsets, (B + 1,), "int32")
+        Offsets = T.match_buffer(offsets, (B,), "int32")
+        Sizes = T.match_buffer(sizes, (2,), "int64")
         with T.sblock("root"):
             for b in T.parallel(B):
                 count = T.alloc_buffer((1,), "int32", scope="local")
@@ -123,19 +128,56 @@ def global_tokens(problem: Problem, target: Target) -> PrimFunc:
                         Positions[b, T.Cast("int64", count[0])] = T.Cast("int32", s)
                         count[0] = count[0] + 1
                 Rank[b, S] = count[0]
-            Offsets[0] = 0
+            Sizes[0] = T.int64(0)
             for b in range(B):
-                Offsets[b + 1] = Offsets[b] + Rank[b, S]
+                Offsets[b] = T.Cast("int32", Sizes[0])
+                Sizes[0] = Sizes[0] + T.Cast("int64", Rank[b, S])
+            Sizes[1] = T.Select(Sizes[0] > T.int64(0), S, T.int64(0))
 
     return global_tokens
+
+
+def gather_global_rows(problem: Problem, target: Target) -> PrimFunc:
+    """The input's rows at global tokens, one after the other.
+
+    x int8 [B, S, H], or its COL32 form [B, H/32, S, 32]; positions, rank, offsets from
+    ``global_tokens`` -> int8 [1, sizes[0], H].
+    """
+    H, col32 = problem.num_heads * problem.head_size, problem.col32
+
+    def at(b, s, c):
+        return (b, c // 32, s, c % 32) if col32 else (b, s, c)
+
+    @T.prim_func(s_tir=True, private=True)
+    def gather_global_rows(
+        x: T.handle, positions: T.handle, rank: T.handle, offsets: T.handle, gathered: T.handle
+    ):
+        T.func_attr({"tirx.noalias": True})
+        B, S, G = T.int64(), T.int64(), T.int64()
+        X = T.match_buffer(x, (B, H // 32, S, 32) if col32 else (B, S, H), "int8")
+        Positions = T.match_buffer(positions, (B, S), "int32")
+        Rank = T.match_buffer(rank, (B, S + 1), "int32")
+        Offsets = T.match_buffer(offsets, (B,), "int32")
+        Gathered = T.match_buffer(gathered, (1, G, H), "int8")
+        with T.sblock("root"):
+            for task in T.parallel(B * S):
+                b: T.int64 = task // S
+                n: T.int64 = task % S
+                if n < T.Cast("int64", Rank[b, S]):
+                    for c in range(H):
+                        Gathered[0, Offsets[b] + n, c] = X[
+                            at(b, T.Cast("int64", Positions[b, n]), c)
+                        ]
+
+    return gather_global_rows
 
 
 def attention(problem: Problem, target: Target) -> PrimFunc:
     """The attention of all heads, from int8 projections to the int8 output.
 
-    qkv int8 [B, S, 3H]; gq int8 [B*S, H], row offsets[b] + n for the n-th global token of entry b;
-    gkv int8 [B, S, 2H]; mask float16 [B, S]; positions, rank, offsets from ``global_tokens``;
-    scale_qkv_gemm, scale_global_gemm, scale_output float32 [1]
+    qkv int8 [1, B*S, 3H]; gq int8 [1, sizes[0], H], row offsets[b] + n for the n-th global token
+    of entry b; gkv int8 [1, B*S or 0, 2H]; mask float16 [B, S]; positions, rank, offsets from
+    ``global_tokens``; scale_qkv_gemm, scale_global_gemm, scale_output float32 [1]
     -> int8 [B, S, H], or its COL32 form [B, H/32, S, 32] with ``problem.col32``. gq and gkv are
     read only where a flag is set.
     """
@@ -166,13 +208,13 @@ def attention(problem: Problem, target: Target) -> PrimFunc:
         return (b, c // 32, s, c % 32 + l) if col32 else (b, s, c + l)
 
     @T.inline
-    def unpack(to, n, source, b, s, column, scale):
-        """to[n, 0:D] = the projections source[b, s, column:column + D]."""
+    def unpack(to, n, source, row, column, scale):
+        """to[n, 0:D] = the projections source[row, column:column + D]."""
         for chunk in range(whole):
             for l in T.vectorized(L):
-                to[n, chunk * L + l] = projected(source[b, s, column + chunk * L + l], scale)
+                to[n, chunk * L + l] = projected(source[0, row, column + chunk * L + l], scale)
         for d in range(whole * L, D):
-            to[n, d] = projected(source[b, s, column + d], scale)
+            to[n, d] = projected(source[0, row, column + d], scale)
 
     @T.inline
     def store(y, b, s, column, values, n, inverse_weight, inverse_scale):
@@ -294,14 +336,14 @@ def attention(problem: Problem, target: Target) -> PrimFunc:
         output: T.handle,
     ):
         T.func_attr({"tirx.noalias": True})
-        B, S = T.int64(), T.int64()
-        QKV = T.match_buffer(qkv, (B, S, 3 * H), "int8")
-        GQ = T.match_buffer(gq, (1, B * S, H), "int8")
-        GKV = T.match_buffer(gkv, (B, S, 2 * H), "int8")
+        B, S, G, R = T.int64(), T.int64(), T.int64(), T.int64()
+        QKV = T.match_buffer(qkv, (1, B * S, 3 * H), "int8")
+        GQ = T.match_buffer(gq, (1, G, H), "int8")
+        GKV = T.match_buffer(gkv, (1, R, 2 * H), "int8")
         Mask = T.match_buffer(mask, (B, S), "float16")
         Positions = T.match_buffer(positions, (B, S), "int32")
         Rank = T.match_buffer(rank, (B, S + 1), "int32")
-        Offsets = T.match_buffer(offsets, (B + 1,), "int32")
+        Offsets = T.match_buffer(offsets, (B,), "int32")
         ScaleQKV = T.match_buffer(scale_qkv_gemm, (1,), "float32")
         ScaleGlobal = T.match_buffer(scale_global_gemm, (1,), "float32")
         ScaleOutput = T.match_buffer(scale_output, (1,), "float32")
@@ -323,7 +365,7 @@ def attention(problem: Problem, target: Target) -> PrimFunc:
                 V = T.alloc_buffer((KEYS, DP), "float32", scope="local")
                 X = T.alloc_buffer((KEYS, PANEL), "float32", scope="local")
                 O = T.alloc_buffer((BLOCK, DP), "float32", scope="local")
-                row = T.alloc_buffer((1, DP), "float32", scope="local")
+                one = T.alloc_buffer((1, DP), "float32", scope="local")
                 top = T.alloc_buffer((BLOCK,), "float32", scope="local")
                 weight = T.alloc_buffer((BLOCK,), "float32", scope="local")
                 raised = T.alloc_buffer((PANEL,), "float32", scope="local")
@@ -357,11 +399,11 @@ def attention(problem: Problem, target: Target) -> PrimFunc:
                     for n in range(T.ceildiv(rows, PANEL) * PANEL):
                         token: T.int64 = first + T.min(n, rows - 1)
                         if is_global:
-                            unpack(row, 0, GQ, 0, Offsets[b] + token, h * D, ScaleGlobal[0])
+                            unpack(one, 0, GQ, Offsets[b] + token, h * D, ScaleGlobal[0])
                         else:
-                            unpack(row, 0, QKV, b, token, h * D, ScaleQKV[0])
+                            unpack(one, 0, QKV, b * S + token, h * D, ScaleQKV[0])
                         for d in range(D):
-                            Q[n // PANEL, d, n % PANEL] = row[0, d] * T.float32(query_scale)
+                            Q[n // PANEL, d, n % PANEL] = one[0, d] * T.float32(query_scale)
                         for chunk in range(DP // L):
                             for l in T.vectorized(L):
                                 O[n, chunk * L + l] = T.float32(0)
@@ -404,11 +446,11 @@ def attention(problem: Problem, target: Target) -> PrimFunc:
                             else:
                                 reach[n] = W
                             if is_global:
-                                unpack(K, n, GKV, b, s, h * D, ScaleGlobal[0])
-                                unpack(V, n, GKV, b, s, H + h * D, ScaleGlobal[0])
+                                unpack(K, n, GKV, b * S + s, h * D, ScaleGlobal[0])
+                                unpack(V, n, GKV, b * S + s, H + h * D, ScaleGlobal[0])
                             else:
-                                unpack(K, n, QKV, b, s, H + h * D, ScaleQKV[0])
-                                unpack(V, n, QKV, b, s, 2 * H + h * D, ScaleQKV[0])
+                                unpack(K, n, QKV, b * S + s, H + h * D, ScaleQKV[0])
+                                unpack(V, n, QKV, b * S + s, 2 * H + h * D, ScaleQKV[0])
 
                         for p in range(T.ceildiv(rows, PANEL)):
                             query: T.int64 = first + p * PANEL - low - first_key
