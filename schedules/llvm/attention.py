@@ -1,0 +1,241 @@
+"""Fused attention on the CPU: one PrimFunc, online softmax, no S1 x S2 matrix in memory.
+
+    for task in parallel(query tiles of all sequences and heads):       R query rows
+        queries transposed to float32                                   [D][R]
+        for key tile in the interval that the tile's rows may see:      C keys
+            keys and values to float32 (float16, bfloat16 only)         [C][D]
+            for group in register-wide groups of rows:                  W = R / groups
+                scores, bias, mask, maximum                             [C][W]
+                weights, sum, dropout                                   [C][W]
+                output = output * correction + weights @ values         [D][W]
+        output / sum, transposed back; maximum and sum
+
+Query rows lie across vector lanes. So keys and values are read where they are, one element
+broadcast per multiply-add of W rows, whatever their layout and whatever D is; maxima and sums need
+no reduction across lanes; and a mask or bias tile is transposed in registers as it is read.
+
+The memory of a thread is O(C * D + R * D), whatever S1 and S2 are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import tvm.tirx as tir
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.target import Target
+from tvm.tirx.script.builder import ir as T
+
+from ...relay_ops.attention import Sequence
+from .attention_tile import Tile
+from .vector import VectorUnit, vector_unit
+
+if TYPE_CHECKING:
+    from ...relay_ops.speed_fusion_attention import AttentionProblem
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Tile sizes. The register tile holds ``unroll x vectors`` accumulators."""
+
+    lanes: int
+    vectors: int
+    """Registers of query rows: a group is W = lanes * vectors rows."""
+    unroll: int
+    """Keys of a score tile, elements of D of an output tile."""
+    groups: int
+    """Groups per task: they share one conversion of the keys and values."""
+    keys: int
+    """C, a multiple of ``unroll`` and ``lanes``."""
+
+    def __post_init__(self) -> None:
+        if self.keys % self.unroll or self.keys % self.lanes:
+            raise ValueError(
+                f"AttentionConfig: keys: found {self.keys}, "
+                f"allowed multiples of {self.unroll} and {self.lanes}"
+            )
+
+    @property
+    def width(self) -> int:
+        return self.lanes * self.vectors
+
+    @property
+    def rows(self) -> int:
+        return self.width * self.groups
+
+
+def configure(problem: AttentionProblem, unit: VectorUnit) -> AttentionConfig:
+    """16 or 12 accumulators, which hide the latency of two multiply-add units; tiles of a size
+    that leaves keys, values and queries in the second-level cache.
+    """
+    wide = unit.registers == 32
+    large = problem.D > 256
+    return AttentionConfig(
+        lanes=unit.lanes,
+        vectors=2,
+        unroll=8 if wide else 6,
+        groups=(1 if large else 2) * 16 // unit.lanes,
+        keys={True: 64, False: 48}[wide] if large else {True: 128, False: 96}[wide],
+    )
+
+
+def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
+    """The kernel ``speed_fusion_attention.fused``: inputs, then outputs, as ``problem`` lists
+    them.
+    """
+    unit = vector_unit(target)
+    config = configure(problem, unit)
+    with IRBuilder() as builder:
+        with T.prim_func():
+            T.func_name("speed_fusion_attention")
+            T.func_attr({"tirx.noalias": True})
+            dims: dict[str, Expr] = {}
+            buffers = {
+                name: T.arg(name, T.buffer(_shape(tensor.shape, dims), tensor.dtype))
+                for name, tensor in (problem.tensors | problem.outputs).items()
+            }
+            B, S1, S2 = _shape((problem.B, problem.S1, problem.S2), dims)
+            tile = Tile(problem, config, unit, buffers, _scalars(problem, buffers))
+            divide = _packed_tasks if problem.layout == "TND" else _batch_tasks
+            with divide(problem, config, buffers, B, S1, S2) as (at, n, i0):
+                tile.emit(at, n, i0)
+        return builder.get()
+
+
+def _shape(shape: tuple, dims: dict[str, Expr]) -> tuple[Expr, ...]:
+    """int64 dimensions; each symbolic one becomes the PrimFunc's own variable, bound by a buffer's
+    shape.
+    """
+
+    def dim(size: int | Expr) -> Expr:
+        if isinstance(size, int):
+            return tir.const(size, "int64")
+        return dims.setdefault(str(size), T.int64())
+
+    return tuple(dim(size) for size in shape)
+
+
+def _scalars(problem: AttentionProblem, buffers: dict[str, tir.Buffer]) -> dict[str, Expr]:
+    """seed, offset and the start indices, from the attribute or from the tensor of one element."""
+    values = {name: tir.const(value, "int64") for name, value in problem.constants.items()}
+    for name in ("seed", "offset", "q_start_idx", "kv_start_idx"):
+        if name in buffers:
+            index = [0] * len(buffers[name].shape)
+            values[name] = T.Bind(buffers[name][tuple(index)].astype("int64"))
+    return values
+
+
+Task = tuple[Sequence, Expr, Expr]
+"""Sequence, head, first query row."""
+
+
+@contextmanager
+def _batch_tasks(
+    problem: AttentionProblem,
+    config: AttentionConfig,
+    buffers: dict[str, tir.Buffer],
+    B: Expr,
+    S1: Expr,
+    S2: Expr,
+) -> Iterator[Task]:
+    """Parallel over batch, head and query tile.
+
+    The pool gives each thread one contiguous range of tasks. Under a causal mask tiles alternate
+    between both ends of the sequence, so that every range has cheap and costly ones.
+    """
+    tiles = T.Bind((S1 + (config.rows - 1)) // config.rows)
+    with T.parallel(B * problem.N1 * tiles) as task:
+        position = T.Bind((task % tiles).astype("int32"))
+        n = T.Bind((task // tiles % problem.N1).astype("int32"))
+        b = T.Bind(task // (tiles * problem.N1))
+        if problem.band is not None and problem.band.causal:
+            last = tiles.astype("int32") - 1
+            position = T.Bind(tir.Select(position % 2 == 0, position // 2, last - position // 2))
+        zero = tir.const(0, "int64")
+        at = Sequence(b, _int32(S1), _int32(S2), zero, zero, zero)
+        yield at, n, T.Bind(position * config.rows)
+
+
+@contextmanager
+def _packed_tasks(
+    problem: AttentionProblem,
+    config: AttentionConfig,
+    buffers: dict[str, tir.Buffer],
+    B: Expr,
+    S1: Expr,
+    S2: Expr,
+) -> Iterator[Task]:
+    """TND: parallel over head and query tile of every sequence, from a table of tiles.
+
+    The lists are data, perhaps computed in the graph: they are asserted before they index
+    anything. The table has T1 / R + B entries at most, two integers each.
+    """
+    ends_q, ends_kv = buffers["actual_seq_qlen"], buffers["actual_seq_kvlen"]
+    bound = S1 // config.rows + B
+    tile_sequence = T.alloc_buffer((bound,), "int32")
+    tile_row = T.alloc_buffer((bound,), "int32")
+    pairs = T.alloc_buffer((B,), "int64")
+    state = T.alloc_buffer((2,), "int64")  # tiles so far, pairs so far
+    for slot in range(2):
+        T.buffer_store(state, tir.const(0, "int64"), [slot])
+    with T.serial(B) as b:
+        start_q, length_q = _span(ends_q, b)
+        start_kv, length_kv = _span(ends_kv, b)
+        _assert_list(problem, "actual_seq_qlen", start_q, length_q, S1)
+        _assert_list(problem, "actual_seq_kvlen", start_kv, length_kv, S2)
+        for condition, text in problem.sequence_rules(length_q, length_kv):
+            _assert(condition, f"{problem.label}: {text}")
+        T.buffer_store(pairs, state[1], [b])
+        first = T.Bind(state[0])
+        count = T.Bind((length_q + (config.rows - 1)) // config.rows)
+        with T.serial(count) as t:
+            T.buffer_store(tile_sequence, b.astype("int32"), [first + t])
+            T.buffer_store(tile_row, (t * config.rows).astype("int32"), [first + t])
+        T.buffer_store(state, first + count, [0])
+        T.buffer_store(state, state[1] + length_q * length_kv, [1])
+    for name, ends, total in (("actual_seq_qlen", ends_q, S1), ("actual_seq_kvlen", ends_kv, S2)):
+        last = ends[B - 1].astype("int64")
+        _assert(
+            last == total,
+            f'{problem.label}: "{name}": found a last value other than '
+            f"the number of packed tokens, allowed that number",
+        )
+    tiles = T.Bind(state[0])
+    with T.parallel(tiles * problem.N1) as task:
+        n = T.Bind((task // tiles).astype("int32"))
+        slot = T.Bind(task % tiles)
+        b = T.Bind(tile_sequence[slot].astype("int64"))
+        start_q, length_q = _span(ends_q, b)
+        start_kv, length_kv = _span(ends_kv, b)
+        at = Sequence(b, _int32(length_q), _int32(length_kv), start_q, start_kv, T.Bind(pairs[b]))
+        yield at, n, T.Bind(tile_row[slot])
+
+
+def _span(ends: tir.Buffer, b: Expr) -> tuple[Expr, Expr]:
+    """Start and length (int64) of sequence b from a list of cumulative ends."""
+    before = tir.if_then_else(b > 0, ends[tir.max(b - 1, 0)].astype("int64"), tir.const(0, "int64"))
+    start = T.Bind(before)
+    return start, T.Bind(ends[b].astype("int64") - start)
+
+
+def _assert_list(
+    problem: AttentionProblem, name: str, start: Expr, length: Expr, total: Expr
+) -> None:
+    _assert(
+        tir.all(length >= 0, start + length <= total),
+        f'{problem.label}: "{name}": found a value that decreases or exceeds the number of packed '
+        "tokens, allowed non-decreasing cumulative lengths",
+    )
+
+
+def _assert(condition: Expr, text: str) -> None:
+    with T.Assert(condition, text, "ValueError"):
+        T.evaluate(0)
+
+
+def _int32(x: Expr) -> Expr:
+    return T.Bind(x.astype("int32"))

@@ -1,0 +1,467 @@
+"""One task of the fused attention kernel: R query rows of a head against all keys they may see.
+
+Buffers of a task, float32: queries and output [groups * D][W], transposed; scores [C][W], which
+become the weights; row maxima, sums and corrections [R]. W query rows lie across the lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import tvm.tirx as tir
+from tvm.ir import Expr
+from tvm.tirx.script.builder import ir as T
+
+from ...relay_ops import attention
+from ...relay_ops.attention import Sequence
+from .vector import LOG2E, VectorUnit, exp2_nonpositive, float32, from_float32, to_float32
+from .transpose import transpose_square
+
+if TYPE_CHECKING:
+    from ...relay_ops.speed_fusion_attention import AttentionProblem
+    from .attention import AttentionConfig
+
+
+@dataclass
+class Tile:
+    """Emits the statements of a task; ``emit`` is called once, inside the parallel loop."""
+
+    problem: AttentionProblem
+    config: AttentionConfig
+    unit: VectorUnit
+    buffers: dict[str, tir.Buffer]
+    scalars: dict[str, Expr]
+    """seed, offset, q_start_idx, kv_start_idx as int64."""
+
+    def emit(self, at: Sequence, n: Expr, i0: Expr) -> None:
+        """Query rows i0, i0 + 1, ... of head n."""
+        p, c = self.problem, self.config
+        self.at, self.n, self.i0 = at, n, i0
+        self.g = attention.head_group(n, p.N1, p.N2)
+        self.rows = T.Bind(tir.min(at.S1 - i0, c.rows))
+        self.groups = T.Bind((self.rows + (c.width - 1)) // c.width)
+        self.queries = T.alloc_buffer((c.groups * p.D, c.width), "float32")
+        self.scores = T.alloc_buffer((c.keys, c.width), "float32")
+        self.top = T.alloc_buffer((c.rows,), "float32")
+        self.sum = T.alloc_buffer((c.rows,), "float32")
+        self.tile_top = T.alloc_buffer((c.width,), "float32", scope="local")
+        self.correction = T.alloc_buffer((c.width,), "float32", scope="local")
+        self.wants_output = "attention_out" in p.outputs
+        if self.wants_output:
+            self.output = T.alloc_buffer((c.groups * p.D, c.width), "float32")
+        if p.dtype != "float32":
+            self.key_tile = T.alloc_buffer((c.keys, p.D), "float32")
+            if self.wants_output:
+                self.value_tile = T.alloc_buffer((c.keys, p.D), "float32")
+        if p.pse in ("rows", "packed"):
+            self.bias_tile = T.alloc_buffer((c.keys, c.width), "float32")
+        if p.mask:
+            self.cap_tile = T.alloc_buffer((c.keys, c.width), "float32")
+        self._load_queries()
+        self._clear()
+        seen = self._interval(i0, i0 + self.rows - 1)
+        tiles = (tir.max(seen.last + 1 - seen.first, 0) + (c.keys - 1)) // c.keys
+        with T.serial(tiles) as tile:
+            j0 = T.Bind(seen.first + tile * c.keys)
+            count = T.Bind(tir.min(c.keys, seen.last + 1 - j0))
+            self._key_tile(j0, count)
+        self._store()
+
+    # -- set-up and results -------------------------------------------------------------------
+
+    def _load_queries(self) -> None:
+        """queries[group * D + d][r] = query row i0 + group * W + r; rows beyond S1 repeat the
+        last.
+        """
+        p, c, at = self.problem, self.config, self.at
+        query = self.buffers["query"]
+
+        def element(r: Expr, d: Expr) -> Expr:
+            i = tir.min(self.i0 + r, at.S1 - 1)
+            index = attention.element(p.layout, p.D, at.b, self.n, at.query_start + i, d)
+            return to_float32(query[tuple(index)], self.unit)
+
+        with T.serial(self.groups) as group:
+            self._transposed(
+                p.D,
+                lambda r, d: element(group * c.width + r, d),
+                lambda d, r, value: T.buffer_store(self.queries, value, [group * p.D + d, r]),
+            )
+
+    def _transposed(
+        self,
+        columns: int,
+        source: Callable[[Expr, Expr], Expr],
+        store: Callable[[Expr, Expr, Expr], None],
+    ) -> None:
+        """store(column, row, source(row, column)) for W rows, in square blocks in registers.
+
+        A last partial block is moved back over the one before it; fewer columns than lanes go one
+        by one.
+        """
+        c = self.config
+        L = c.lanes
+        if columns < L:
+            with T.serial(columns) as column, T.serial(c.width) as row:
+                store(column, row, source(row, column))
+            return
+        with T.serial(-(-columns // L)) as strip:
+            first = T.Bind(tir.min(strip * L, columns - L))
+            with T.serial(c.vectors) as u:
+                block = T.alloc_buffer((L, L), "float32", scope="local")
+                for r in range(L):
+                    with T.vectorized(L) as v:
+                        T.buffer_store(block, source(u * L + r, first + v), [r, v])
+                transpose_square(block, L)
+                for k in range(L):
+                    with T.vectorized(L) as v:
+                        store(first + k, u * L + v, block[k, v])
+
+    def _clear(self) -> None:
+        p, c = self.problem, self.config
+        with T.serial(self.groups) as group:
+            for u in range(c.vectors):
+                with T.vectorized(c.lanes) as v:
+                    r = group * c.width + u * c.lanes + v
+                    T.buffer_store(self.top, float32(attention.EMPTY_ROW_MAX), [r])
+                    T.buffer_store(self.sum, float32(0), [r])
+            if self.wants_output:
+                with T.serial(p.D) as d:
+                    for u in range(c.vectors):
+                        with T.vectorized(c.lanes) as v:
+                            T.buffer_store(
+                                self.output, float32(0), [group * p.D + d, u * c.lanes + v]
+                            )
+
+    def _store(self) -> None:
+        if self.wants_output:
+            self._store_output()
+        empty = {"softmax_max": attention.EMPTY_ROW_MAX, "softmax_sum": attention.EMPTY_ROW_SUM}
+        for name, source in (("softmax_max", self.top), ("softmax_sum", self.sum)):
+            if name in self.buffers:
+                with T.serial(self.rows) as r:
+                    found = self.sum[r] > float32(0)
+                    value = T.Bind(tir.Select(found, source[r], float32(empty[name])))
+                    self._store_record(self.buffers[name], r, value)
+
+    def _store_record(self, buffer: tir.Buffer, r: Expr, value: Expr) -> None:
+        p, at, i = self.problem, self.at, self.i0 + r
+        index = [at.b, self.n, i]
+        if p.layout == "TND":
+            number = T.Bind(attention.record(p.head_major, p.N1, at, self.n, i))
+            index = [number // p.N1, number % p.N1]
+        with T.vectorized(attention.SOFTMAX_REPEATS) as v:
+            T.buffer_store(buffer, value, [*index, v])
+
+    def _store_output(self) -> None:
+        """Divide by sum * keep_prob, round once, transpose back; a row without keys gives 0."""
+        p, c = self.problem, self.config
+        with T.serial(self.groups) as group:
+            for u in range(c.vectors):
+                with T.vectorized(c.lanes) as v:
+                    total = T.Bind(self.sum[group * c.width + u * c.lanes + v])
+                    inverse = float32(1) / (total * float32(p.keep_prob))
+                    value = tir.Select(total > float32(0), inverse, float32(0))
+                    T.buffer_store(self.correction, value, [u * c.lanes + v])
+            if p.D < c.lanes:
+                self._store_elements(group)
+            else:
+                self._store_blocks(group)
+
+    def _store_elements(self, group: Expr) -> None:
+        p, c = self.problem, self.config
+        with T.serial(tir.min(c.width, self.rows - group * c.width)) as r, T.serial(p.D) as d:
+            scaled = self.output[group * p.D + d, r] * self.correction[r]
+            self._put(group * c.width + r, d, T.Bind(scaled))
+
+    def _store_blocks(self, group: Expr) -> None:
+        p, c = self.problem, self.config
+        L = c.lanes
+        with T.serial(-(-p.D // L)) as strip, T.serial(c.vectors) as u:
+            first = T.Bind(tir.min(strip * L, p.D - L))
+            block = T.alloc_buffer((L, L), "float32", scope="local")
+            for k in range(L):
+                with T.vectorized(L) as v:
+                    r = u * L + v
+                    scaled = self.output[group * p.D + first + k, r] * self.correction[r]
+                    T.buffer_store(block, scaled, [k, v])
+            transpose_square(block, L)
+            for k in range(L):
+                r = T.Bind(group * c.width + u * L + k)
+                with T.If(r < self.rows), T.Then(), T.vectorized(L) as v:
+                    self._put(r, first + v, T.Bind(block[k, v]))
+
+    def _put(self, r: Expr, d: Expr, value: Expr) -> None:
+        p, at = self.problem, self.at
+        index = attention.element(p.layout, p.D, at.b, self.n, at.query_start + self.i0 + r, d)
+        out = self.buffers["attention_out"]
+        T.buffer_store(out, from_float32(value, p.dtype, self.unit), index)
+
+    # -- one tile of keys ---------------------------------------------------------------------
+
+    def _interval(self, first_row: Expr, last_row: Expr) -> attention.Interval:
+        """Keys that any of the rows may see: both ends of the band grow with the row."""
+        first, last = self._keys(first_row).first, self._keys(last_row).last
+        bound = (x if isinstance(x, int) else T.Bind(x.astype("int32")) for x in (first, last))
+        return attention.Interval(*bound)
+
+    def _keys(self, i: Expr) -> attention.Interval:
+        p = self.problem
+        if p.band is None:
+            return attention.Interval(0, self.at.S2 - 1)
+        prefix = None
+        if "prefix" in self.buffers:
+            prefix = self.buffers["prefix"][self.at.b].astype("int32")
+        return p.band.keys(self.at, i, prefix)
+
+    def _key_tile(self, j0: Expr, count: Expr) -> None:
+        p, c = self.problem, self.config
+        if p.dtype != "float32":
+            self._convert("key", self.key_tile, j0, count)
+            if self.wants_output:
+                self._convert("value", self.value_tile, j0, count)
+        with T.serial(self.groups) as group:
+            r0 = T.Bind(group * c.width)
+            first_row = self.i0 + r0
+            last_row = tir.min(first_row + (c.width - 1), self.at.S1 - 1)
+            any_, all_ = self._interval(first_row, last_row), self._interval(last_row, first_row)
+            with T.If(tir.all(any_.first < j0 + count, any_.last >= j0)), T.Then():
+                plain = tir.all(count == c.keys, all_.first <= j0, all_.last >= j0 + count - 1)
+                if p.mask:
+                    dropped = self._stage_mask(r0, j0, count)
+                    plain = tir.all(plain, dropped == 0)
+                if p.pse in ("rows", "packed"):
+                    self._stage_bias(r0, j0, count)
+                for u in range(c.vectors):
+                    with T.vectorized(c.lanes) as v:
+                        value = float32(attention.EMPTY_ROW_MAX)
+                        T.buffer_store(self.tile_top, value, [u * c.lanes + v])
+                with T.If(plain):
+                    with T.Then():
+                        self._scores(group, r0, j0, count, masked=False)
+                    with T.Else():
+                        self._scores(group, r0, j0, count, masked=True)
+                self._weights(r0, j0, count)
+                if self.wants_output:
+                    self._accumulate(group, j0, count)
+
+    def _convert(self, name: str, tile: tir.Buffer, j0: Expr, count: Expr) -> None:
+        p, L = self.problem, self.config.lanes
+        with T.serial(count) as j:
+            with T.serial(p.D // L) as strip, T.vectorized(L) as v:
+                d = strip * L + v
+                T.buffer_store(tile, self._kv(name, j0 + j, d), [j, d])
+            with T.serial(p.D % L) as tail:
+                d = p.D // L * L + tail
+                T.buffer_store(tile, self._kv(name, j0 + j, d), [j, d])
+
+    def _kv(self, name: str, j: Expr, d: Expr) -> Expr:
+        p, at = self.problem, self.at
+        index = attention.element(p.layout, p.D, at.b, self.g, at.key_start + j, d)
+        return to_float32(self.buffers[name][tuple(index)], self.unit)
+
+    def _stage_mask(self, r0: Expr, j0: Expr, count: Expr) -> Expr:
+        """cap_tile[j][r] = minus infinity where the mask drops the pair, else infinity.
+
+        Returns whether any pair of the tile is dropped.
+        """
+        p, c, at = self.problem, self.config, self.at
+        mask = self.buffers["atten_mask"]
+        lead = attention.broadcast_index(
+            len(mask.shape), p.one_batch("atten_mask"), p.one_head("atten_mask"), at.b, self.n
+        )
+        dropped = T.alloc_buffer((1,), "int32", scope="local")
+        T.buffer_store(dropped, tir.const(0, "int32"), [0])
+        with T.serial(tir.min(c.width, self.rows - r0)) as r, T.serial(count) as j:
+            bit = mask[(*lead, self.i0 + r0 + r, j0 + j)].astype("int32")
+            T.buffer_store(dropped, dropped[0] | bit, [0])
+        with T.If(dropped[0] != 0), T.Then():
+            with T.serial(c.width) as r, T.serial(count) as j:
+                i = tir.min(self.i0 + r0 + r, at.S1 - 1)
+                bit = mask[(*lead, i, j0 + j)].astype("int32")
+                value = tir.Select(bit != 0, float32(float("-inf")), float32(float("inf")))
+                T.buffer_store(self.cap_tile, value, [j, r])
+        with T.If(dropped[0] == 0), T.Then(), T.serial(count) as j, T.serial(c.vectors) as u:
+            with T.vectorized(c.lanes) as v:
+                T.buffer_store(self.cap_tile, float32(float("inf")), [j, u * c.lanes + v])
+        return T.Bind(dropped[0])
+
+    def _stage_bias(self, r0: Expr, j0: Expr, count: Expr) -> None:
+        """bias_tile[j][r] = pse of the pair as float32."""
+        p, c, at = self.problem, self.config, self.at
+        with T.serial(c.width) as r:
+            i = T.Bind(tir.min(self.i0 + r0 + r, at.S1 - 1))
+            with T.serial(count) as j:
+                T.buffer_store(self.bias_tile, self._bias_element(i, j0 + j), [j, r])
+
+    def _bias_element(self, i: Expr, j: Expr) -> Expr:
+        p, at, pse = self.problem, self.at, self.buffers["pse"]
+        lead = attention.broadcast_index(4, p.one_batch("pse"), False, at.b, self.n)
+        if p.pse != "packed":
+            return to_float32(pse[(*lead, i, j)], self.unit)
+        where = attention.packed_bias(p.layout == "TND", at, i, j, _int32(pse.shape[3]))
+        value = to_float32(pse[(*lead, where.row, where.column)], self.unit)
+        return tir.Select(where.inside, value, float32(0))
+
+    def _scores(self, group: Expr, r0: Expr, j0: Expr, count: Expr, masked: bool) -> None:
+        """scores[j][r] and the tile's row maxima, one register tile of ``unroll`` keys at a time.
+
+        With ``masked`` the pairs that are not allowed, and what lies beyond ``count``, become minus
+        infinity.
+        """
+        p, c, at = self.problem, self.config, self.at
+        L = c.lanes
+        with T.serial((count + (c.unroll - 1)) // c.unroll) as step:
+            keys = [T.Bind(step * c.unroll + k) for k in range(c.unroll)]
+            last = count - 1 if masked else None
+            acc = T.alloc_buffer((c.unroll, c.width), "float32", scope="local")
+            for k in range(c.unroll):
+                self._fill(acc, k, lambda r: float32(0))
+            sources = [self._key_source(j0, key, last) for key in keys]
+            with T.serial(p.D) as d:
+                for k in range(c.unroll):
+                    scalar = T.Bind(sources[k](d))
+                    for u in range(c.vectors):
+                        with T.vectorized(L) as v:
+                            r = u * L + v
+                            product = scalar * self.queries[group * p.D + d, r]
+                            T.buffer_store(acc, acc[k, r] + product, [k, r])
+            for k, key in enumerate(keys):
+                j = T.Bind(j0 + key)
+                common = self._common_bias(j, key)
+                for u in range(c.vectors):
+                    with T.vectorized(L) as v:
+                        r = u * L + v
+                        i = self.i0 + r0 + r
+                        bias = self._bias(common, i, j, key, r)
+                        x = T.Bind(attention.score(p.pse_type, acc[k, r], bias, p.scale))
+                        if masked:
+                            x = T.Bind(self._masked(x, i, j, key, r))
+                        T.buffer_store(self.scores, x, [key, r])
+                        T.buffer_store(self.tile_top, tir.max(self.tile_top[r], x), [r])
+
+    def _fill(self, buffer: tir.Buffer, row: Expr | int, value: Callable[[Expr], Expr]) -> None:
+        c = self.config
+        for u in range(c.vectors):
+            with T.vectorized(c.lanes) as v:
+                T.buffer_store(buffer, value(u * c.lanes + v), [row, u * c.lanes + v])
+
+    def _key_source(self, j0: Expr, key: Expr, last: Expr | None) -> Callable[[Expr], Expr]:
+        """d -> element of the key row; beyond the tile's last key that one is read again."""
+        if last is not None:
+            key = T.Bind(tir.min(key, last))
+        if self.problem.dtype != "float32":
+            return lambda d: self.key_tile[key, d]
+        j = T.Bind(j0 + key)
+        return lambda d: self._kv("key", j, d)
+
+    def _common_bias(self, j: Expr, key: Expr) -> Expr | None:
+        """What the bias of a key needs that is one value for all rows."""
+        p, at = self.problem, self.at
+        pse = self.buffers.get("pse")
+        if p.pse == "row":
+            lead = attention.broadcast_index(4, p.one_batch("pse"), False, at.b, self.n)
+            safe = tir.min(j, at.S2 - 1)
+            return T.Bind(to_float32(pse[(*lead, 0, safe)], self.unit))
+        if p.pse == "slopes":
+            return T.Bind(pse[(self.n,) if len(pse.shape) == 1 else (at.b, self.n)])
+        return None
+
+    def _bias(self, common: Expr | None, i: Expr, j: Expr, key: Expr, r: Expr) -> Expr | None:
+        p = self.problem
+        if p.pse in ("rows", "packed"):
+            return self.bias_tile[key, r]
+        if p.pse == "slopes":
+            start = self.scalars["kv_start_idx"] - self.scalars["q_start_idx"]
+            if p.starts_fit_int32:
+                start = start.astype("int32")
+            return attention.generated_bias(p.pse_type, common, i, j, start)
+        return common
+
+    def _masked(self, x: Expr, i: Expr, j: Expr, key: Expr, r: Expr) -> Expr:
+        p = self.problem
+        seen = self._keys(i)
+        allowed = j <= seen.last
+        if not isinstance(seen.first, int):
+            allowed = tir.all(allowed, j >= seen.first)
+        if p.mask:
+            x = tir.min(x, self.cap_tile[key, r])
+        return tir.Select(allowed, x, float32(float("-inf")))
+
+    def _weights(self, r0: Expr, j0: Expr, count: Expr) -> None:
+        """scores become weights 2**((x - maximum) * log2 e); maximum, sum, correction follow."""
+        p, c = self.problem, self.config
+        L = c.lanes
+        top = T.alloc_buffer((c.width,), "float32", scope="local")
+        total = T.alloc_buffer((c.width,), "float32", scope="local")
+        for u in range(c.vectors):
+            with T.vectorized(L) as v:
+                r = u * L + v
+                before = T.Bind(self.top[r0 + r])
+                now = T.Bind(tir.max(before, self.tile_top[r]))
+                step = T.Bind((before - now) * float32(LOG2E))
+                T.buffer_store(top, now, [r])
+                T.buffer_store(self.top, now, [r0 + r])
+                T.buffer_store(self.correction, exp2_nonpositive(step), [r])
+                T.buffer_store(total, float32(0), [r])
+        with T.serial(count) as j:
+            for u in range(c.vectors):
+                with T.vectorized(L) as v:
+                    r = u * L + v
+                    x = T.Bind((self.scores[j, r] - top[r]) * float32(LOG2E))
+                    w = T.Bind(exp2_nonpositive(x))
+                    T.buffer_store(total, total[r] + w, [r])
+                    if p.keep_prob < 1 and self.wants_output:
+                        w = tir.Select(self._keep(r0 + r, j0 + j), w, float32(0))
+                    T.buffer_store(self.scores, w, [j, r])
+        for u in range(c.vectors):
+            with T.vectorized(L) as v:
+                r = u * L + v
+                value = self.sum[r0 + r] * self.correction[r] + total[r]
+                T.buffer_store(self.sum, value, [r0 + r])
+
+    def _keep(self, r: Expr, j: Expr) -> Expr:
+        p = self.problem
+        first = attention.pair_number(p.layout == "TND", p.N1, self.at, self.n, self.i0 + r)
+        e = T.Bind(first + j.astype("int64"))
+        threshold = attention.keep_threshold(p.keep_prob)
+        seed, offset = self.scalars["seed"], self.scalars["offset"]
+        return attention.keep(e, seed, offset, threshold, T.Bind)
+
+    def _accumulate(self, group: Expr, j0: Expr, count: Expr) -> None:
+        """output = output * correction + weights @ values, ``unroll`` elements of D at a time."""
+        p, c = self.problem, self.config
+        whole = p.D // c.unroll
+        with T.serial(whole) as step:
+            self._accumulate_block(group, j0, count, step * c.unroll, c.unroll)
+        if p.D % c.unroll:
+            first = tir.const(whole * c.unroll, "int32")
+            self._accumulate_block(group, j0, count, first, p.D % c.unroll)
+
+    def _accumulate_block(
+        self, group: Expr, j0: Expr, count: Expr, first: Expr, width: int
+    ) -> None:
+        p, c = self.problem, self.config
+        L = c.lanes
+        acc = T.alloc_buffer((width, c.width), "float32", scope="local")
+        for k in range(width):
+            row = group * p.D + first + k
+            self._fill(acc, k, lambda r, row=row: self.output[row, r] * self.correction[r])
+        with T.serial(count) as j:
+            for k in range(width):
+                if p.dtype == "float32":
+                    scalar = T.Bind(self._kv("value", j0 + j, first + k))
+                else:
+                    scalar = T.Bind(self.value_tile[j, first + k])
+                for u in range(c.vectors):
+                    with T.vectorized(L) as v:
+                        r = u * L + v
+                        T.buffer_store(acc, acc[k, r] + scalar * self.scores[j, r], [k, r])
+        for k in range(width):
+            self._fill(self.output, group * p.D + first + k, lambda r, k=k: acc[k, r])
+
+
+def _int32(x: Expr) -> Expr:
+    return x.astype("int32")
