@@ -17,10 +17,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 import onnx
-from tvm import relax, tirx
-from tvm.ir import Expr, Range
+from tvm import relax, te, tirx
+from tvm.ir import Expr, PrimType, Range
 from tvm.sym import Analyzer
 from tvm.target import Target
+from tvm.tirx import IterVar
+from tvm_ffi import get_global_func, structural_walk
 
 from ..runtime import checks
 from ..runtime.errors import InvalidNodeError, message
@@ -165,25 +167,37 @@ class Node:
                     self.label,
                     rule,
                     late,
-                    {name: value.tolist() for name, value in known.items()},
-                    {name: None for name in tensors if name not in late and name not in known},
+                    {name: None for name in tensors if name not in late}
+                    | {name: value.tolist() for name, value in known.items()},
                     {**fixed, **symbolic},
                 )
             )
 
 
 def te_kernel(
-    bb: relax.BlockBuilder, name: str, te_fn: Callable[..., Any], *args: Any, **attrs: Any
+    bb: relax.BlockBuilder, name: str, te_fn: Callable[..., te.Tensor], *args: relax.Expr, **attrs
 ) -> relax.Expr:
-    """Emit ``te_fn(*args)`` as the kernel ``name``. Arguments are Relax expressions, TE functions
-    see tensors.
+    """Emit ``te_fn(*tensors)``, one TE tensor per argument, as the kernel ``name``.
+
+    Unlike ``bb.emit_te``, ``te_fn`` may close over symbolic dimensions of the graph: they are the
+    same variables as those in the tensors' shapes.
     """
-    return bb.emit_te(
-        te_fn,
-        *args,
-        primfunc_name_hint=name.replace(".", "_"),
-        primfunc_attrs={KERNEL: name, "op_pattern": _OPAQUE, **attrs},
-    )
+    tensors = [
+        te.placeholder([*arg.ty.shape], str(arg.ty.dtype), name=f"arg{i}")
+        for i, arg in enumerate(args)
+    ]
+    result = te_fn(*tensors)
+    func = te.create_prim_func([*tensors, result], "int64")
+    bound = {dim for arg in args for dim in arg.ty.shape if isinstance(dim, tirx.Var)}
+    shapes = [dim for tensor in [*tensors, result] for dim in tensor.shape]
+    free = [var for var in _symbols(func, shapes) if var not in bound]
+    if free:
+        func = te.create_prim_func([*tensors, *free, result], "int64")
+    func = get_global_func("s_tir.RenewDefs")(func).without_attr("global_symbol")
+    func = func.with_attrs({KERNEL: name, "op_pattern": _OPAQUE, **attrs})
+    var = bb.add_func(func, name.replace(".", "_"))
+    out = relax.TensorType([*result.shape], result.dtype)
+    return bb.emit(relax.call_tir(var, [*args, *free], out_ty=out))
 
 
 def tir_kernel(
@@ -194,7 +208,7 @@ def tir_kernel(
     out: relax.TensorType | Sequence[relax.TensorType],
     tir_vars: Sequence[Expr] = (),
 ) -> relax.Expr:
-    """Emit the PrimFunc ``func`` (inputs, outputs, then scalar ``tir_vars``) as the kernel
+    """Emit the PrimFunc ``func`` (inputs, then scalar ``tir_vars``, outputs) as the kernel
     ``name``, already scheduled.
 
     Returns the output tensor, or a tuple of them when ``out`` is a sequence.
@@ -202,8 +216,7 @@ def tir_kernel(
     func = func.with_attrs({KERNEL: name, "op_pattern": _OPAQUE, "tirx.is_scheduled": True})
     var = bb.add_func(func, name.replace(".", "_"))
     out = out if isinstance(out, relax.TensorType) else list(out)
-    tir_vars = relax.ShapeExpr(list(tir_vars)) if tir_vars else None
-    return bb.emit(relax.call_tir(var, list(args), out_ty=out, tir_vars=tir_vars))
+    return bb.emit(relax.call_tir(var, [*args, *tir_vars], out_ty=out))
 
 
 def encode(value: object, symbols: frozenset[str]) -> checks.Encoded | None:
@@ -224,6 +237,17 @@ def encode(value: object, symbols: frozenset[str]) -> checks.Encoded | None:
     operands = [value.a] if name == "Not" else [value.a, value.b]
     encoded = [encode(operand, symbols) for operand in operands]
     return None if None in encoded else [name, *encoded]
+
+
+def _symbols(func: tirx.PrimFunc, shapes: Sequence[Expr]) -> list[tirx.Var]:
+    """Variables that the body or ``shapes`` use and neither loops nor blocks define."""
+    defined = set()
+    structural_walk(func.body, (IterVar, lambda axis: defined.add(axis.var)))
+    found = [*tirx.analysis.undefined_vars(func.body, list(func.params))]
+    for dim in shapes:
+        found += tirx.analysis.undefined_vars(dim)
+    symbols = [v for v in found if isinstance(v.ty, PrimType) and v not in defined]
+    return list(dict.fromkeys(symbols))
 
 
 def _as_dim(value: object) -> Dim:
