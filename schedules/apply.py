@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from tvm.ir import IRModule
 from tvm.ir.transform import PassContext, module_pass
-from tvm.s_tir.dlight import ApplyDefaultSchedule
 from tvm.target import Target
 from tvm.tirx import PrimFunc
 
@@ -16,13 +15,13 @@ from .llvm import generic
 
 SCHEDULED = "tirx.is_scheduled"
 
-GENERIC = {"llvm": generic.RULES}
-"""Target kind -> rules for kernels that are not ours."""
+GENERIC = {"llvm": generic.schedule}
+"""Target kind -> schedule of the kernels that have no row of their own."""
 
 
 @module_pass(opt_level=0, name="ApplySchedules")
 class ApplySchedules:
-    """Replace each tagged, unscheduled kernel by its schedule for ``target``'s kind and mark it."""
+    """Replace each unscheduled kernel by its schedule for ``target``'s kind and mark it."""
 
     def __init__(self, target: Target):
         self.target = target
@@ -30,16 +29,10 @@ class ApplySchedules:
     def transform_module(self, module: IRModule, _: PassContext) -> IRModule:
         kind = self.target.kind.name
         for var, func in module.functions.items():
-            if (
-                not isinstance(func, PrimFunc)
-                or KERNEL not in func.attrs
-                or SCHEDULED in func.attrs
-            ):
+            if not isinstance(func, PrimFunc) or SCHEDULED in func.attrs:
                 continue
-            schedule = SCHEDULES.get(str(func.attrs[KERNEL]), {}).get(kind)
+            rows = SCHEDULES.get(str(func.attrs.get(KERNEL)), {})
+            schedule = rows.get(kind) or GENERIC.get(kind)
             if schedule is not None:
                 module[var] = schedule(func, self.target).with_attr(SCHEDULED, True)
-        if kind in GENERIC:
-            with self.target:
-                module = ApplyDefaultSchedule(*GENERIC[kind])(module)
         return module

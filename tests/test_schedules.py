@@ -2,6 +2,8 @@
 they fire.
 """
 
+import math
+
 import numpy as np
 import onnx
 import pytest
@@ -62,7 +64,8 @@ GRAPHS = {
     "dynamic_quantize": (
         "float[{b},{s},H] x",
         "a = Abs(x) n = Constant<value_ints=[-1]>() m = ReduceMax(a, n) "
-        "k = Constant<value_float=127.0>() d = Div(m, k) q = Div(x, d) r = Round(q) o = Cast<to=3>(r)",
+        "k = Constant<value_float=127.0>() d = Div(m, k) q = Div(x, d) r = Round(q) "
+        "o = Cast<to=3>(r)",
     ),
     "split_concat": (
         "float[{b},{s},H] x",
@@ -149,3 +152,23 @@ def _model(inputs, body, b, s, h):
 
 
 _OUTPUTS = {"ArgMax": "int64", "to=3": "int8", "to=10": "float16"}
+
+
+@pytest.mark.parametrize("name", ["Exp", "Erf", "Tanh", "Sigmoid"])
+def test_elementary_functions(name):
+    """Against float64 on the whole range: relative error, infinities, NaN; and without libm."""
+    exact = {
+        "Exp": np.exp,
+        "Erf": np.vectorize(math.erf),
+        "Tanh": np.tanh,
+        "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    }[name]
+    x = np.concatenate(
+        [np.linspace(-80, 80, 100_003), np.logspace(-30, 0, 1001), [-np.inf, np.inf]]
+    )
+    x = x.astype("float32")
+    module = opferry.compile(_model("float[N] x".replace("N", "n"), f"o = {name}(x)", 0, 0, 0))
+    with np.errstate(over="ignore"):
+        expected = exact(x.astype("float64"))
+    np.testing.assert_allclose(module.run({"x": x})["o"], expected, rtol=1e-6, atol=1e-37)
+    assert np.isnan(module.run({"x": np.array([np.nan], "float32")})["o"]).all()

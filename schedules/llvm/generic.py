@@ -16,11 +16,13 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.s_tir import Schedule, ScheduleError
 from tvm.s_tir.dlight.analysis import SBlockInfo, normalize_prim_func
-from tvm.s_tir.dlight.base import ScheduleRule, get_extent
+from tvm.s_tir.dlight.base import get_extent
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.sym import Analyzer
 from tvm.target import Target
 from tvm.target.codegen import llvm_get_vector_width
+
+from . import elementary
 
 _GRAIN = 8192
 """Elements of work below which a parallel region costs more than it saves."""
@@ -33,12 +35,12 @@ def lanes(target: Target, bits: int = 32) -> int:
     return max(4, llvm_get_vector_width(target) // bits)
 
 
-class _Rule(ScheduleRule):
+class _Rule:
     """``schedule`` returns None where the rule does not apply; so does TVM's refusal of one of its
     steps.
     """
 
-    def apply(self, func: tirx.PrimFunc, target: Target, _: bool) -> Schedule | None:
+    def apply(self, func: tirx.PrimFunc, target: Target) -> Schedule | None:
         sch = Schedule(func)
         try:
             blocks = normalize_prim_func(sch)
@@ -140,11 +142,15 @@ class Columns(_Rule):
         if len(reductions) != 1 or blocks[0] is not reductions[0]:
             return None
         block = reductions[0].block_rv
-        if reductions[0].dom_kind().count("S") < 2 or not _column_contiguous(sch, reductions[0]):
-            return None
         loops, iters = sch.get_loops(block), reductions[0].iters
-        if len(loops) != len(iters):
-            return None  # an axis of size 1 has no loop
+        kinds = [it.kind for it in iters]
+        if (
+            len(loops) != len(iters)  # an axis of size 1 has no loop
+            or kinds.count("S") < 2
+            or "R" not in kinds
+            or not _column_contiguous(sch, reductions[0])
+        ):
+            return None
         for info in blocks[1:-1]:
             sch.compute_inline(info.block_rv)
         spatial = [loop for loop, it in zip(loops, iters) if it.kind == "S"]
@@ -200,6 +206,15 @@ class Elementwise(_Rule):
 
 
 RULES = (Columns(), Rows(), Elementwise())
+
+
+def schedule(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
+    """``func`` by the first rule that applies, its elementary functions as arithmetic."""
+    for rule in RULES:
+        if (sch := rule.apply(func, target)) is not None:
+            func = sch.mod["main"]
+            break
+    return elementary.expand(func)
 
 
 def _column_contiguous(sch: Schedule, info: SBlockInfo) -> bool:

@@ -103,6 +103,11 @@ def exp2_nonpositive(x: Expr) -> Expr:
     return tir.Select(x < float32(-126, x), float32(0, x), value)
 
 
+def is_nan(x: Expr) -> Expr:
+    """Whether float32 ``x`` is NaN, by its bits: TVM takes ``x != x`` for false."""
+    return (_reinterpret("uint32", x) & _u32(0x7FFFFFFF, x)) > _u32(0x7F800000, x)
+
+
 def to_float32(x: Expr, unit: VectorUnit) -> Expr:
     """float16, bfloat16 or float32 to float32, exactly."""
     dtype = _element(x)
@@ -118,8 +123,7 @@ def from_float32(x: Expr, dtype: str, unit: VectorUnit) -> Expr:
     if dtype == "bfloat16":
         bits = _reinterpret("uint32", x)
         rounded = bits + _u32(0x7FFF, x) + ((bits >> _u32(16, x)) & _u32(1, x))
-        is_nan = (bits & _u32(0x7FFFFFFF, x)) > _u32(0x7F800000, x)
-        kept = tir.Select(is_nan, _u32(0x7FC0, x), rounded >> _u32(16, x))
+        kept = tir.Select(is_nan(x), _u32(0x7FC0, x), rounded >> _u32(16, x))
         return _reinterpret("bfloat16", _cast("uint16", kept))
     if dtype == "float16" and not unit.float_to_half:
         bits = _float32_to_half_bits(_reinterpret("uint32", x))
