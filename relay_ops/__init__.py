@@ -1,9 +1,13 @@
-"""What is computed. The folder carries the name of Relay, TVM's former graph level; it holds Relax
-lowerings and TE/TIR.
+"""What is computed: Relax lowerings, TE and TIR.
 
-``OPS`` is the one list of operators.
+The folder carries the name of Relay, TVM's former graph level. ``OPS``, the one list of operators,
+is in ``table`` and imported when it is first asked for.
 """
 
-from .op import Op
 
-OPS: tuple[Op, ...] = ()
+def __getattr__(name: str):
+    if name != "OPS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .table import OPS
+
+    return OPS

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from . import nsa_compress_attention, speed_fusion_attention
 from .errors import InvalidInputError, message
 
 Encoded = int | bool | str | list
@@ -43,7 +44,11 @@ Rule = Callable[..., None]
 is wrong.
 """
 
-RULES: dict[str, Rule] = {}
+RULES: dict[str, Rule] = {
+    "nsa_compress_attention.lengths": nsa_compress_attention.lengths,
+    "speed_fusion_attention.prefix": speed_fusion_attention.check_prefix,
+    "speed_fusion_attention.sequences": speed_fusion_attention.check_sequences,
+}
 """Rules on input values, by ``<op>.<what>``. ``None`` stands for what is not known yet: skip what
 depends on it.
 """

@@ -16,7 +16,7 @@ from tvm.target import Target
 from tvm.tirx import PrimFunc
 
 from ..runtime.errors import UnsupportedError
-from .llvm import gemm
+from .llvm import attention, gemm, longformer, nsa
 
 SCHEDULES: dict[str, dict[str, Callable[[PrimFunc, Target], PrimFunc]]] = {
     "int8_matmul.pack_weight": {"llvm": gemm.schedule_pack_weight},
@@ -31,7 +31,13 @@ SCHEDULES: dict[str, dict[str, Callable[[PrimFunc, Target], PrimFunc]]] = {
 INT8_TILES: dict[str, Callable[..., gemm.Tile]] = {"llvm": gemm.tile}
 """Target kind -> how an int8 matmul packs its operands: ``tile(target, m, n, panel)``."""
 
-TIR_BUILDERS: dict[str, dict[str, Callable[[Any, Target], PrimFunc]]] = {}
+TIR_BUILDERS: dict[str, dict[str, Callable[[Any, Target], PrimFunc]]] = {
+    "qordered_longformer_attention.attention": {"llvm": longformer.attention},
+    "qordered_longformer_attention.gather_global_rows": {"llvm": longformer.gather_global_rows},
+    "qordered_longformer_attention.global_tokens": {"llvm": longformer.global_tokens},
+    "nsa_compress_attention.attend_select": {"llvm": nsa.attend_select},
+    "speed_fusion_attention.fused": {"llvm": attention.build_attention},
+}
 
 
 def tir_builder(name: str, target: Target) -> Callable[[Any, Target], PrimFunc]:

@@ -40,7 +40,7 @@ SCHEMA = define(
         parameter("key", "F", "(T2, N2, Dqk)"),
         parameter("value", "F", "(T2, N2, Dv), Dv <= Dqk"),
         optional("atten_mask", "M", "(>= max Sq, >= max CmpSkv); non-zero = masked out"),
-        optional("topk_mask", "M", "(>= max Sq, >= max SelSkv); non-zero = forced in"),
+        optional("topk_mask", "S", "(>= max Sq, >= max SelSkv); non-zero = forced in"),
         optional("actual_seq_qlen", "I", f"(B,) prefix sums of the query lengths; {_BOTH}"),
         optional("actual_cmp_seq_kvlen", "I", f"(B,) prefix sums, compressed keys; {_BOTH}"),
         optional("actual_sel_seq_kvlen", "I", f"(B,) prefix sums, selection blocks; {_BOTH}"),
@@ -54,6 +54,7 @@ SCHEMA = define(
     types={
         "F": tensors("float16", "bfloat16", "float"),
         "M": tensors("bool", "uint8"),
+        "S": tensors("bool", "uint8"),
         "I": tensors("int64"),
         "L": tensors("float"),
         "K": tensors("int32"),
