@@ -32,6 +32,8 @@ EMPTY_ROW_MAX, EMPTY_ROW_SUM = -FLT_MAX, FLT_MAX
 SOFTMAX_REPEATS = 8
 """Each softmax_max and softmax_sum is stored this often along the last axis."""
 
+PHILOX_ROUNDS = 10
+
 PACKED_ROWS = 1024
 """Rows of the packed bias: the last ones of a bias that depends on i - j only."""
 
@@ -206,7 +208,7 @@ def philox4x32(counter: Words, key: Words, bind: Bind) -> Words:
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(PHILOX_ROUNDS):
         p0 = bind(c0.astype("uint64") * _uint(0xD2511F53, "uint64"))
         p1 = bind(c2.astype("uint64") * _uint(0xCD9E8D57, "uint64"))
         c0, c1, c2, c3 = _high(p1) ^ c1 ^ k0, _low(p1), _high(p0) ^ c3 ^ k1, _low(p0)

@@ -209,9 +209,9 @@ def _check_shapes(bb: relax.BlockBuilder, node: Node) -> Sizes:
     else:
         axis = {"BNSD": 1, "BSND": 2, "TND": 1}[layout]
         N1, N2 = _static(node, "query", axis), _static(node, "key", axis)
-        node.require(N1 == heads, 'attribute "head_num"', heads, f"query's N1 = {N1}")
+        node.require(heads == N1, 'attribute "head_num"', heads, f"query's N1 = {N1}")
         D, key_D = _static(node, "query", -1), _static(node, "key", -1)
-        node.require(D == key_D, 'input "key" D', key_D, f"query's D = {D}")
+        node.require(key_D == D, 'input "key" D', key_D, f"query's D = {D}")
     node.require(D <= MAX_HEAD_SIZE, 'input "query" D', D, f"at most {MAX_HEAD_SIZE}")
     node.require(N1 % N2 == 0, 'input "key" heads N2', N2, f"a divisor of N1 = {N1}")
     node.require_shape(bb, "value", k, f"key's shape {_show(k)}")

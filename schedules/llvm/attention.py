@@ -209,10 +209,23 @@ def _packed_tasks(
         n = T.Bind((task // tiles).astype("int32"))
         slot = T.Bind(task % tiles)
         b = T.Bind(tile_sequence[slot].astype("int64"))
-        start_q, length_q = _span(ends_q, b)
-        start_kv, length_kv = _span(ends_kv, b)
-        at = Sequence(b, _int32(length_q), _int32(length_kv), start_q, start_kv, T.Bind(pairs[b]))
-        yield at, n, T.Bind(tile_row[slot])
+        yield _packed_sequence(b, ends_q, ends_kv, pairs), n, T.Bind(tile_row[slot])
+
+
+def _packed_sequence(
+    b: Expr, ends_q: tir.Buffer, ends_kv: tir.Buffer, pairs: tir.Buffer
+) -> Sequence:
+    """Place of sequence b. Its numbers go through local buffers: named values would be substituted
+    into every index, which multiplies the compile time.
+    """
+    lengths = T.alloc_buffer((2,), "int32", scope="local")
+    starts = T.alloc_buffer((3,), "int64", scope="local")
+    for k, ends in enumerate((ends_q, ends_kv)):
+        start, length = _span(ends, b)
+        T.buffer_store(lengths, length.astype("int32"), [k])
+        T.buffer_store(starts, start, [k])
+    T.buffer_store(starts, pairs[b], [2])
+    return Sequence(b, lengths[0], lengths[1], starts[0], starts[1], starts[2])
 
 
 def _span(ends: tir.Buffer, b: Expr) -> tuple[Expr, Expr]:

@@ -16,8 +16,8 @@ from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
 from ...relay_ops.attention import Sequence
-from .vector import LOG2E, VectorUnit, exp2_nonpositive, float32, from_float32, to_float32
 from .transpose import transpose_square
+from .vector import LOG2E, VectorUnit, exp2_nonpositive, float32, from_float32, to_float32
 
 if TYPE_CHECKING:
     from ...relay_ops.speed_fusion_attention import AttentionProblem
@@ -165,7 +165,7 @@ class Tile:
                     inverse = float32(1) / (total * float32(p.keep_prob))
                     value = tir.Select(total > float32(0), inverse, float32(0))
                     T.buffer_store(self.correction, value, [u * c.lanes + v])
-            if p.D < c.lanes:
+            if c.lanes > p.D:
                 self._store_elements(group)
             else:
                 self._store_blocks(group)
@@ -277,12 +277,11 @@ class Tile:
         with T.serial(tir.min(c.width, self.rows - r0)) as r, T.serial(count) as j:
             bit = mask[(*lead, self.i0 + r0 + r, j0 + j)].astype("int32")
             T.buffer_store(dropped, dropped[0] | bit, [0])
-        with T.If(dropped[0] != 0), T.Then():
-            with T.serial(c.width) as r, T.serial(count) as j:
-                i = tir.min(self.i0 + r0 + r, at.S1 - 1)
-                bit = mask[(*lead, i, j0 + j)].astype("int32")
-                value = tir.Select(bit != 0, float32(float("-inf")), float32(float("inf")))
-                T.buffer_store(self.cap_tile, value, [j, r])
+        with T.If(dropped[0] != 0), T.Then(), T.serial(c.width) as r, T.serial(count) as j:
+            i = tir.min(self.i0 + r0 + r, at.S1 - 1)
+            bit = mask[(*lead, i, j0 + j)].astype("int32")
+            value = tir.Select(bit != 0, float32(float("-inf")), float32(float("inf")))
+            T.buffer_store(self.cap_tile, value, [j, r])
         with T.If(dropped[0] == 0), T.Then(), T.serial(count) as j, T.serial(c.vectors) as u:
             with T.vectorized(c.lanes) as v:
                 T.buffer_store(self.cap_tile, float32(float("inf")), [j, u * c.lanes + v])
@@ -290,7 +289,7 @@ class Tile:
 
     def _stage_bias(self, r0: Expr, j0: Expr, count: Expr) -> None:
         """bias_tile[j][r] = pse of the pair as float32."""
-        p, c, at = self.problem, self.config, self.at
+        c, at = self.config, self.at
         with T.serial(c.width) as r:
             i = T.Bind(tir.min(self.i0 + r0 + r, at.S1 - 1))
             with T.serial(count) as j:
@@ -311,7 +310,7 @@ class Tile:
         With ``masked`` the pairs that are not allowed, and what lies beyond ``count``, become minus
         infinity.
         """
-        p, c, at = self.problem, self.config, self.at
+        p, c = self.problem, self.config
         L = c.lanes
         with T.serial((count + (c.unroll - 1)) // c.unroll) as step:
             keys = [T.Bind(step * c.unroll + k) for k in range(c.unroll)]
@@ -406,6 +405,9 @@ class Tile:
                 T.buffer_store(self.top, now, [r0 + r])
                 T.buffer_store(self.correction, exp2_nonpositive(step), [r])
                 T.buffer_store(total, float32(0), [r])
+        draws = None
+        if p.keep_prob < 1 and self.wants_output:
+            draws = T.alloc_buffer((2 * attention.PHILOX_ROUNDS, L), "uint64", scope="local")
         with T.serial(count) as j:
             for u in range(c.vectors):
                 with T.vectorized(L) as v:
@@ -413,8 +415,9 @@ class Tile:
                     x = T.Bind((self.scores[j, r] - top[r]) * float32(LOG2E))
                     w = T.Bind(exp2_nonpositive(x))
                     T.buffer_store(total, total[r] + w, [r])
-                    if p.keep_prob < 1 and self.wants_output:
-                        w = tir.Select(self._keep(r0 + r, j0 + j), w, float32(0))
+                    if draws is not None:
+                        kept = self._keep(draws, v, r0 + r, j0 + j)
+                        w = tir.Select(kept, w, float32(0))
                     T.buffer_store(self.scores, w, [j, r])
         for u in range(c.vectors):
             with T.vectorized(L) as v:
@@ -422,13 +425,20 @@ class Tile:
                 value = self.sum[r0 + r] * self.correction[r] + total[r]
                 T.buffer_store(self.sum, value, [r0 + r])
 
-    def _keep(self, r: Expr, j: Expr) -> Expr:
+    def _keep(self, draws: tir.Buffer, v: Expr, r: Expr, j: Expr) -> Expr:
+        """Dropout decision of lane v. ``draws`` holds the products of the generator's rounds."""
         p = self.problem
         first = attention.pair_number(p.layout == "TND", p.N1, self.at, self.n, self.i0 + r)
-        e = T.Bind(first + j.astype("int64"))
+        slots = iter(range(2 * attention.PHILOX_ROUNDS))
+
+        def bind(product: Expr) -> Expr:
+            slot = next(slots)
+            T.buffer_store(draws, product, [slot, v])
+            return draws[slot, v]
+
         threshold = attention.keep_threshold(p.keep_prob)
         seed, offset = self.scalars["seed"], self.scalars["offset"]
-        return attention.keep(e, seed, offset, threshold, T.Bind)
+        return attention.keep(first + j.astype("int64"), seed, offset, threshold, bind)
 
     def _accumulate(self, group: Expr, j0: Expr, count: Expr) -> None:
         """output = output * correction + weights @ values, ``unroll`` elements of D at a time."""
