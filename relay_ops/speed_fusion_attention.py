@@ -146,7 +146,10 @@ def lower(bb: relax.BlockBuilder, node: Node) -> list[relax.Expr | None]:
         types = [relax.TensorType([*t.shape], t.dtype) for t in problem.outputs.values()]
         kernel = build(problem, node.target)
         results = tir_kernel(bb, "speed_fusion_attention.fused", kernel, inputs, types)
-        found = {name: relax.TupleGetItem(results, k) for k, name in enumerate(wanted)}
+        if len(wanted) == 1:
+            found[wanted[0]] = results  # TVM returns a single output bare
+        else:
+            found |= {name: relax.TupleGetItem(results, k) for k, name in enumerate(wanted)}
     if "softmax_out" in node.outputs:
         found["softmax_out"] = relax.const(np.zeros(0, "float32")).astype(node.dtype("query"))
     for name in ("seed", "offset"):

@@ -282,9 +282,8 @@ class Tile:
             bit = mask[(*lead, i, j0 + j)].astype("int32")
             value = tir.Select(bit != 0, float32(float("-inf")), float32(float("inf")))
             T.buffer_store(self.cap_tile, value, [j, r])
-        with T.If(dropped[0] == 0), T.Then(), T.serial(count) as j, T.serial(c.vectors) as u:
-            with T.vectorized(c.lanes) as v:
-                T.buffer_store(self.cap_tile, float32(float("inf")), [j, u * c.lanes + v])
+        with T.If(dropped[0] == 0), T.Then(), T.serial(count) as j:
+            self._fill(self.cap_tile, j, lambda r: float32(float("inf")))
         return T.Bind(dropped[0])
 
     def _stage_bias(self, r0: Expr, j0: Expr, count: Expr) -> None:
