@@ -16,12 +16,12 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from tvm import relax, tirx
-from tvm.ir import GenericConst, IRModule, PrimType
+from tvm.ir import Call, GenericConst, IRModule, PrimType
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_convert_map
 from tvm.target import Target
 
 from ..relay_ops import OPS
-from ..relay_ops.op import Node, Op
+from ..relay_ops.op import KERNEL, Node, Op, encode
 from ..runtime.checks import Check
 from ..runtime.errors import OpferryError, UnsupportedError
 from . import schemas
@@ -67,6 +67,8 @@ class Imported:
     checks: tuple[Check, ...]
     operators: tuple[str, ...]
     """``domain::Name`` of our operators, one entry a node."""
+    kernels: dict[str, tuple[str, ...]]
+    """``domain::Name`` -> names of the kernels that its nodes lower to."""
 
 
 def import_model(model: ModelProto, target: Target) -> Imported:
@@ -87,6 +89,7 @@ def import_model(model: ModelProto, target: Target) -> Imported:
         tuple(value.name for value in model.graph.output),
         tuple(importer.checks),
         tuple(op.name for _, op in importer.ours),
+        {name: tuple(kernels) for name, kernels in importer.kernels.items()},
     )
 
 
@@ -119,6 +122,8 @@ class _Importer(ONNXGraphImporter):
         self.target = target
         self.ours: list[tuple[NodeProto, Op]] = []
         self.checks: list[Check] = []
+        self.kernels: dict[str, dict[str, None]] = {}
+        self._label = ""  # of the node being converted
         self.symbols = frozenset(d for spec in inputs for d in spec.shape if isinstance(d, str))
 
     def convert(self, model: ModelProto) -> IRModule:
@@ -153,6 +158,7 @@ class _Importer(ONNXGraphImporter):
         for node in graph.node:
             for name in filter(None, node.input):
                 self._nodes[name] = self._prepared(node, self._nodes[name])
+            self._label = node_label(node)
             try:
                 super()._construct_nodes(GraphProto(node=[node]))
             except (Exception, _Refused) as error:
@@ -178,14 +184,36 @@ class _Importer(ONNXGraphImporter):
         try:
             if op_name.startswith(_PREFIX):
                 return self._lower(*self.ours[int(op_name.removeprefix(_PREFIX))], inputs)
-            if op_name == "Gather" and (dims := _gathered_dims(inputs[0], inputs[1])) is not None:
+            if op_name != "Gather":
+                return super()._convert_operator(op_name, inputs, attrs, opset)
+            if (dims := _gathered_dims(inputs[0], inputs[1])) is not None:
                 return dims
-            return super()._convert_operator(op_name, inputs, attrs, opset)
+            gather = super()._convert_operator(op_name, inputs, attrs, opset)
+            return self._bounded(gather, inputs[1], attrs.get("axis", 0))
         except Exception as error:
             raise _Refused(error) from error
 
+    def _bounded(self, gather: relax.Expr, indices: relax.Expr, axis: int) -> relax.Expr:
+        """A Gather that never reads outside its table; indices of the caller are judged before."""
+        if not (isinstance(gather, Call) and gather.op.name == "relax.take"):
+            return gather
+        table, found = gather.args
+        rows = table.ty.shape[axis] if isinstance(table.ty.shape, relax.ShapeExpr) else None
+        fed = next((name for name, var in self._inputs.items() if var is indices), None)
+        rows = encode(rows, self.symbols) if rows is not None else None
+        if fed is not None and rows is not None:
+            self.checks.append(
+                Check.values(self._label, "gather.indices", {"indices": fed}, {}, {"rows": rows})
+            )
+        return self.bb.normalize(relax.op.take(table, found, axis, mode="clip"))
+
     def _lower(self, proto: NodeProto, op: Op, inputs) -> relax.Expr:
+        before = set(self.bb.get().functions)
         outputs = list(op.lower(self.bb, self._node(proto, op.schema, inputs)))
+        kernels = self.kernels.setdefault(op.name, {})
+        for var, function in self.bb.get().functions.items():
+            if var not in before and function.attrs and KERNEL in function.attrs:
+                kernels[str(function.attrs[KERNEL])] = None
         outputs = outputs[: len(proto.output)]
         present = next(output for output in outputs if output is not None)
         outputs = [present if output is None else output for output in outputs]

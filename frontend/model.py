@@ -280,8 +280,9 @@ def opset(model: ModelProto) -> int:
 
 def elem_type(dtype: str) -> int:
     """ONNX element type of a TVM or NumPy dtype name."""
-    return helper.np_dtype_to_tensor_dtype(_np_dtype(dtype))
+    return helper.np_dtype_to_tensor_dtype(np_dtype(dtype))
 
 
-def _np_dtype(name: str) -> np.dtype:
+def np_dtype(name: str) -> np.dtype:
+    """NumPy dtype of a dtype name, bfloat16 through ml_dtypes."""
     return np.dtype(getattr(ml_dtypes, name) if name == "bfloat16" else name)

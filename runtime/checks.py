@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import nsa_compress_attention, speed_fusion_attention
+from . import gather, nsa_compress_attention, speed_fusion_attention
 from .errors import InvalidInputError, message
 
 Encoded = int | bool | str | list
@@ -45,6 +45,7 @@ is wrong.
 """
 
 RULES: dict[str, Rule] = {
+    "gather.indices": gather.indices,
     "nsa_compress_attention.lengths": nsa_compress_attention.lengths,
     "speed_fusion_attention.prefix": speed_fusion_attention.check_prefix,
     "speed_fusion_attention.sequences": speed_fusion_attention.check_sequences,
