@@ -1,16 +1,16 @@
 // Runs a saved module with TVM's runtime and nothing else: no Python, no compiler, no opferry.
 //
-//   run_module FOLDER/module.so COLUMNS < x.f32 > y.f32
+//   run_module FOLDER/module.so DIM... < x.f32 > y.f32
 //
-// For a module with one float32 input (rows, COLUMNS) and one float32 output. Standard input holds
-// the rows, in this machine's byte order; however many there are, the module takes them if its
-// first dimension is symbolic. What `Module.run` checks in Python (dtypes, agreeing dimensions, rules
-// of manifest.json) is the caller's duty here.
+// For a module with one float32 input of shape DIM... and one float32 output, row-major and in this
+// machine's byte order. What `Module.run` checks in Python (dtypes, agreeing dimensions, the rules
+// in manifest.json) is the caller's duty here.
 
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/module.h>
 #include <tvm/ffi/function.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -47,37 +47,37 @@ std::vector<char> ReadAll(std::istream& in) {
   return std::vector<char>(std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>());
 }
 
-int Run(const std::string& library, int64_t columns) {
+int Run(const std::string& library, const std::vector<int64_t>& shape) {
   ffi::Function main = LoadMain(library);
 
-  std::vector<char> bytes = ReadAll(std::cin);
-  const int64_t row = columns * static_cast<int64_t>(sizeof(float));
-  if (columns < 1 || bytes.empty() || bytes.size() % row != 0) {
-    std::fprintf(stderr, "stdin: found %zu bytes, allowed whole rows of %ld floats\n", bytes.size(),
-                 static_cast<long>(columns));
+  ffi::Tensor x = ffi::Tensor::FromNDAlloc(AlignedMemory(), ffi::Shape(shape),
+                                           DLDataType{kDLFloat, 32, 1}, DLDevice{kDLCPU, 0});
+  const std::vector<char> bytes = ReadAll(std::cin);
+  if (bytes.size() != ffi::GetDataSize(x)) {
+    std::fprintf(stderr, "stdin: found %zu bytes, allowed the %zu of the shape given\n",
+                 bytes.size(), ffi::GetDataSize(x));
     return 2;
   }
-  const int64_t rows = static_cast<int64_t>(bytes.size()) / row;
-  ffi::Tensor x = ffi::Tensor::FromNDAlloc(AlignedMemory(), {rows, columns},
-                                           DLDataType{kDLFloat, 32, 1}, DLDevice{kDLCPU, 0});
   std::memcpy(x.data_ptr(), bytes.data(), bytes.size());
 
   ffi::Tensor y = main(x).cast<ffi::Tensor>();
 
-  std::fprintf(stderr, "(%ld, %ld) -> (", static_cast<long>(rows), static_cast<long>(columns));
-  for (int64_t dim : y.shape()) std::fprintf(stderr, " %ld", static_cast<long>(dim));
-  std::fprintf(stderr, " )\n");
+  std::fprintf(stderr, "output");
+  for (int64_t dim : y.shape()) std::fprintf(stderr, " %lld", static_cast<long long>(dim));
+  std::fprintf(stderr, "\n");
   std::cout.write(static_cast<const char*>(y.data_ptr()), ffi::GetDataSize(y));
   return std::cout.flush() ? 0 : 1;
 }
 
 int main(int argc, char** argv) {
-  if (argc != 3) {
-    std::fprintf(stderr, "usage: %s FOLDER/module.so COLUMNS < x.f32 > y.f32\n", argv[0]);
+  std::vector<int64_t> shape;
+  for (int i = 2; i < argc; ++i) shape.push_back(std::atoll(argv[i]));
+  if (shape.empty() || *std::min_element(shape.begin(), shape.end()) < 1) {
+    std::fprintf(stderr, "usage: %s FOLDER/module.so DIM... < x.f32 > y.f32\n", argv[0]);
     return 2;
   }
   try {
-    return Run(argv[1], std::atoll(argv[2]));
+    return Run(argv[1], shape);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;

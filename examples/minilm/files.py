@@ -34,12 +34,16 @@ def weights() -> dict[str, np.ndarray]:
     return load_file(folder() / "model.safetensors")
 
 
-def tokenize(sentences: list[str]) -> dict[str, np.ndarray]:
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(folder() / "tokenizer.json"))
+
+
+def tokenize(sentences: list[str], max_tokens: int = MAX_TOKENS) -> dict[str, np.ndarray]:
     """input_ids, attention_mask, token_type_ids: int64 (B, S), S the longest sentence here."""
-    tokenizer = Tokenizer.from_file(str(folder() / "tokenizer.json"))
-    tokenizer.enable_truncation(MAX_TOKENS)
-    tokenizer.enable_padding()
-    encoded = tokenizer.encode_batch(sentences)
+    encoder = tokenizer()
+    encoder.enable_truncation(max_tokens)
+    encoder.enable_padding()
+    encoded = encoder.encode_batch(sentences)
     return {
         "input_ids": np.array([e.ids for e in encoded], np.int64),
         "attention_mask": np.array([e.attention_mask for e in encoded], np.int64),

@@ -13,19 +13,23 @@ _erf = np.vectorize(math.erf, otypes=[np.float32])
 
 def embed(weights: dict[str, np.ndarray], config: dict, tokens: dict[str, np.ndarray]):
     """Unit vectors (B, H) of token ids (B, S)."""
-    w = weights
     mask = tokens["attention_mask"]
-    x = (
-        w["embeddings.word_embeddings.weight"][tokens["input_ids"]]
-        + w["embeddings.position_embeddings.weight"][: mask.shape[1]]
-        + w["embeddings.token_type_embeddings.weight"][tokens["token_type_ids"]]
-    )
-    x = _layer_norm(x, w, "embeddings.LayerNorm", config)
+    x = embeddings(weights, config, tokens)
     for layer in range(config["num_hidden_layers"]):
-        x = _layer(x, mask, w, f"encoder.layer.{layer}", config)
+        x = _layer(x, mask, weights, f"encoder.layer.{layer}", config)
     count = mask[:, :, None].astype(np.float32)
     mean = (x * count).sum(axis=1) / count.sum(axis=1)
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+
+
+def embeddings(w: dict[str, np.ndarray], config: dict, tokens: dict[str, np.ndarray]):
+    """What the first layer sees, (B, S, H): word, position and token type, normalised."""
+    x = (
+        w["embeddings.word_embeddings.weight"][tokens["input_ids"]]
+        + w["embeddings.position_embeddings.weight"][: tokens["input_ids"].shape[1]]
+        + w["embeddings.token_type_embeddings.weight"][tokens["token_type_ids"]]
+    )
+    return _layer_norm(x, w, "embeddings.LayerNorm", config)
 
 
 def _layer(x, mask, w, name, config):
