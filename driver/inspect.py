@@ -15,6 +15,7 @@ from tvm.target import Target
 
 from ..frontend.importer import import_model, unsupported_operators
 from ..frontend.model import Shapes, TensorSpec, all_nodes, graph_inputs, load, prepare, tensor_spec
+from ..frontend.schemas.check import subgraphs
 from ..relay_ops import OPS
 from ..runtime.quiet import without_noise
 from . import target as targets
@@ -136,37 +137,37 @@ def _bytes(sizes: Mapping[str, Sized], name: str) -> int | None:
     return prod(shape) * width
 
 
+NodeShapes = Mapping[int, tuple[int, ...]]
+"""Shapes of a node's inputs by position, and of its first output under ``OUT``."""
+OUT = -1
+
+
 def _operations(node: NodeProto, sizes: Mapping[str, Sized]) -> int | None:
     """By ``OPERATIONS``; of any other operator one per output element, none for moving data."""
-    if node.op_type in MOVES_DATA or any(
-        a.type == onnx.AttributeProto.GRAPH for a in node.attribute
-    ):
+    if node.op_type in MOVES_DATA or any(subgraphs(node)):
         return 0
     shapes = {i: sizes[name][0] for i, name in enumerate(node.input) if name in sizes}
-    outputs = [sizes[name][0] for name in node.output if name in sizes]
+    if node.output[0] in sizes:
+        shapes[OUT] = sizes[node.output[0]][0]
+    attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     try:
-        if node.op_type in OPERATIONS:
-            attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-            return OPERATIONS[node.op_type](shapes, attrs)
-        return sum(prod(shape) for shape in outputs) if outputs else None
+        return OPERATIONS.get(node.op_type, lambda shapes, _: prod(shapes[OUT]))(shapes, attrs)
     except (KeyError, IndexError):  # a size that is not known
         return None
 
 
-def _matmul(shapes: Mapping[int, tuple[int, ...]], attrs: Mapping[str, Any], b: int = 1) -> int:
-    """2 M N K of every matrix of the broadcast batch, through the transpose flags."""
-    left, right = shapes[0], shapes[b]
-    if attrs.get("transpose_x1") or attrs.get("transA"):
-        left = (*left[:-2], left[-1], left[-2])
-    if attrs.get("transpose_x2") or attrs.get("transB"):
-        right = (*right[:-2], right[-1], right[-2])
-    left = left if len(left) > 1 else (1, *left)
-    right = right if len(right) > 1 else (*right, 1)
-    batch = max(prod(left[:-2]), prod(right[:-2]))
-    return 2 * batch * left[-2] * left[-1] * right[-1]
+def _matmul(shapes: NodeShapes, attrs: Mapping[str, Any]) -> int:
+    """2 K for each element of the result."""
+    transposed = attrs.get("transpose_x1") or attrs.get("transA")
+    return 2 * shapes[0][-2 if transposed else -1] * prod(shapes[OUT])
 
 
-def _speed_fusion_attention(shapes: Mapping[int, tuple[int, ...]], attrs: Mapping[str, Any]) -> int:
+def _conv(shapes: NodeShapes, attrs: Mapping[str, Any]) -> int:
+    """2 (C / group) kh kw for each element of the result; the weight is (M, C / group, kh, kw)."""
+    return 2 * prod(shapes[1][1:]) * prod(shapes[OUT])
+
+
+def _speed_fusion_attention(shapes: NodeShapes, attrs: Mapping[str, Any]) -> int:
     """Both products over all pairs; packed sequences count as one, masked pairs as computed."""
     layout, heads = attrs["input_layout"].decode(), attrs["head_num"]
     query, key = shapes[0], shapes[1]
@@ -176,32 +177,26 @@ def _speed_fusion_attention(shapes: Mapping[int, tuple[int, ...]], attrs: Mappin
     return 4 * (1 if batch is None else query[batch]) * heads * query[axis] * key[axis] * size
 
 
-def _nsa_compress_attention(shapes: Mapping[int, tuple[int, ...]], attrs: Mapping[str, Any]) -> int:
+def _nsa_compress_attention(shapes: NodeShapes, attrs: Mapping[str, Any]) -> int:
     """Both products over all pairs; packed sequences count as one."""
     (rows, heads, size), (keys, _, _), (_, _, value_size) = shapes[0], shapes[1], shapes[2]
     return 2 * rows * heads * keys * (size + value_size)
 
 
-def _longformer(shapes: Mapping[int, tuple[int, ...]], attrs: Mapping[str, Any]) -> int:
+def _longformer(shapes: NodeShapes, attrs: Mapping[str, Any]) -> int:
     """Both projections, and the band of 2 W + 1 keys; global tokens are not known here."""
     batch, length, hidden = shapes[0]
     band = min(2 * attrs.get("window", 0) + 1, length)
     return 2 * (2 * batch * length * hidden * 3 * hidden) + 4 * batch * length * band * hidden
 
 
-def _conv(shapes: Mapping[int, tuple[int, ...]], attrs: Mapping[str, Any]) -> int:
-    """Stride 1 and padding that keeps the size: an upper bound that needs no output shape."""
-    data, weight = shapes[0], shapes[1]
-    return 2 * data[0] * prod(data[2:]) * prod(weight)
-
-
-OPERATIONS: dict[str, Callable[[Mapping[int, tuple[int, ...]], Mapping[str, Any]], int]] = {
+OPERATIONS: dict[str, Callable[[NodeShapes, Mapping[str, Any]], int]] = {
     "MatMul": _matmul,
     "Gemm": _matmul,
     "MatMulInteger": _matmul,
-    "QLinearMatMul": lambda shapes, attrs: _matmul(shapes, attrs, b=3),
+    "QLinearMatMul": _matmul,
     "Conv": _conv,
-    "QOrderedMatMul": lambda shapes, attrs: _matmul(shapes, attrs, b=2),
+    "QOrderedMatMul": _matmul,
     "QOrderedLongformerAttention": _longformer,
     "SpeedFusionAttention": _speed_fusion_attention,
     "NPUNsaCompressAttention": _nsa_compress_attention,
