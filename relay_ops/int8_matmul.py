@@ -24,6 +24,7 @@ from tvm.target import Target
 
 from .. import schedules
 from ..schedules.llvm.gemm import ROWS, Tile
+from .dims import int64, is_one
 from .op import Dim, te_kernel
 from .orders import COLS, Order
 
@@ -46,6 +47,10 @@ Entry = Callable[..., Expr]
 
 Epilogue = Callable[..., Expr]
 """``epilogue(acc, at, *operands)``: the output element for the int32 ``acc`` standing ``at``."""
+
+
+BatchMap = Callable[[Expr], Expr]
+"""Matrix of an operand for entry z of the result's batch."""
 
 
 def row_major(t, z, i, j):
@@ -111,7 +116,7 @@ class Weight:
                 *head, n = index
                 return tirx.if_then_else(n < self.n, x[(*head, n)], tirx.const(0, x.dtype))
 
-            return te.compute((*x.shape[:-1], _i64(self.padded_n)), value, name="pad_columns")
+            return te.compute((*x.shape[:-1], int64(self.padded_n)), value, name="pad_columns")
 
         return te_kernel(bb, "int8_matmul.pad_columns", pad_columns, values)
 
@@ -170,8 +175,8 @@ def pack_weight(
         )
 
     def excess_of(packed: te.Tensor) -> te.Tensor:
-        ko = te.reduce_axis((_i64(0), _i64(groups)), "ko")
-        ki = te.reduce_axis((_i64(0), _i64(dot.group)), "ki")
+        ko = te.reduce_axis((int64(0), int64(groups)), "ko")
+        ki = te.reduce_axis((int64(0), int64(dot.group)), "ki")
         sums = te.compute(
             _dims(batch, panels * cols),
             lambda z, n: te.sum(packed[z, n // cols, ko, n % cols, ki].astype("int32"), [ko, ki]),
@@ -194,8 +199,8 @@ def int8_matmul(
     operands: Sequence[relax.Expr] = (),
     order: Order = Order.ROW,
     batch: Dim | None = None,
-    left_batch: Callable[[Expr], Expr] | None = None,
-    weight_batch: Callable[[Expr], Expr] | None = None,
+    left_batch: BatchMap | None = None,
+    weight_batch: BatchMap | None = None,
 ) -> relax.Expr:
     """Emit ``left @ weight`` with its epilogue as the kernel ``kernel`` (``<kernel>_plain`` for an
     unpacked weight).
@@ -223,8 +228,8 @@ def int8_matmul(
             if tile is not None:
                 if surplus is not None:
                     acc = acc - surplus[weight_batch(z), col]
-                n = col if weight.padded_n == weight.n else tirx.min(col, _i64(weight.n - 1))
-                at = At(z, tirx.min(row, _i64(left.m) - 1), col, n)
+                n = col if weight.padded_n == weight.n else tirx.min(col, int64(weight.n - 1))
+                at = At(z, tirx.min(row, int64(left.m) - 1), col, n)
             return epilogue(acc, at, *rest)
 
         if tile is None:
@@ -253,7 +258,7 @@ def _packed_dot(a, b, left: Left, weight: Weight, tile: Tile, batch, left_batch,
     """dot [batch, M padded to the tile, N/NB, NB], int32."""
     dot, rows = tile.dot, tile.rows
     groups = -(-weight.k // dot.group)
-    m = _i64(left.m)
+    m = int64(left.m)
     padded_m = tirx.floordiv(m + (rows - 1), rows) * rows
 
     def value(z, row, ko, ki):
@@ -264,8 +269,8 @@ def _packed_dot(a, b, left: Left, weight: Weight, tile: Tile, batch, left_batch,
     packed = te.compute(
         [*_dims(left.batch), padded_m, *_dims(groups, dot.group)], value, name="pack_a"
     )
-    ko = te.reduce_axis((_i64(0), _i64(groups)), "ko")
-    ki = te.reduce_axis((_i64(0), _i64(dot.group)), "ki")
+    ko = te.reduce_axis((int64(0), int64(groups)), "ko")
+    ki = te.reduce_axis((int64(0), int64(dot.group)), "ki")
     return te.compute(
         [*_dims(batch), padded_m, *_dims(weight.padded_n // tile.cols, tile.cols)],
         lambda z, row, no, ni: te.sum(
@@ -279,7 +284,7 @@ def _packed_dot(a, b, left: Left, weight: Weight, tile: Tile, batch, left_batch,
 
 def _plain_dot(a, b, left: Left, weight: Weight, batch, left_batch, weight_batch):
     """dot [batch, M, N], int32."""
-    k = te.reduce_axis((_i64(0), _i64(weight.k)), "k")
+    k = te.reduce_axis((int64(0), int64(weight.k)), "k")
     return te.compute(
         _dims(batch, left.m, weight.n),
         lambda z, m, n: te.sum(
@@ -303,17 +308,12 @@ def _store(value, order: Order, read: Callable[..., Expr], m: Dim, n: Dim) -> te
     return te.compute([batch, *_dims(m, n)], read, name="store")
 
 
-def _batch_map(batch: Dim) -> Callable[[Expr], Expr]:
-    return (lambda z: _i64(0)) if isinstance(batch, int) and batch == 1 else lambda z: z
+def _batch_map(batch: Dim) -> BatchMap:
+    return (lambda z: int64(0)) if is_one(batch) else lambda z: z
 
 
 def _dims(*dims: Dim) -> list[Expr]:
-    return [_i64(dim) for dim in dims]
-
-
-def _i64(value: Dim) -> Expr:
-    """Shapes are int64 throughout: Relax's are, and mixing widths litters the IR with casts."""
-    return tirx.const(value, "int64") if isinstance(value, int) else value
+    return [int64(dim) for dim in dims]
 
 
 def _i8(value: int) -> Expr:
