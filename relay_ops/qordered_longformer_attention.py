@@ -59,10 +59,6 @@ class Problem:
         return self.num_heads * self.head_size
 
     @property
-    def rows(self) -> Dim:
-        return self.batch * self.seq
-
-    @property
     def col32(self) -> bool:
         return self.order == Order.COL32
 
@@ -121,7 +117,7 @@ def lower(bb: relax.BlockBuilder, node: Node) -> list[relax.Expr]:
     the sizes as dimensions that a tensor defines.
     """
     problem = check(bb, node)
-    batch, seq, hidden, rows = problem.batch, problem.seq, problem.hidden, problem.rows
+    batch, seq, hidden = problem.batch, problem.seq, problem.hidden
 
     def kernel(name: str, args: list[relax.Expr], *types: tuple[tuple[Dim, ...], str]):
         build = tir_builder(f"{NAME}.{name}", node.target)
@@ -138,10 +134,8 @@ def lower(bb: relax.BlockBuilder, node: Node) -> list[relax.Expr]:
         ((2,), "int64"),
     )
     positions, rank, offsets, sizes = (bb.emit(relax.TupleGetItem(found, i)) for i in range(4))
-    # tokens: global tokens in all; length: S, or 0 where there are none.
-    tokens, length = tirx.Var("global_tokens", "int64"), tirx.Var("global_length", "int64")
-    shape = bb.emit(relax.op.tensor_to_shape(sizes))
-    bb.match_cast(shape, relax.ShapeType([tokens, length]))
+    tokens, length = (tirx.Var(name, "int64") for name in ("global_tokens", "global_length"))
+    bb.match_cast(bb.emit(relax.op.tensor_to_shape(sizes)), relax.ShapeType([tokens, length]))
 
     x = _reshape(bb, node.inputs["input"], problem.stored_shape)
     gathered = kernel(
@@ -149,18 +143,25 @@ def lower(bb: relax.BlockBuilder, node: Node) -> list[relax.Expr]:
     )
     if problem.col32:
         whole, part = Left(x, seq, batch, col32), Left(x, length, batch, col32)
-    else:
-        flat = _reshape(bb, x, (1, rows, hidden))
-        whole, part = Left(flat, rows), Left(flat, batch * length)
+    else:  # one matrix of B*S rows
+        flat = _reshape(bb, x, (1, batch * seq, hidden))
+        if not isinstance(rows := batch * seq, int):
+            # A symbol of its own: schedules prove nothing about products.
+            rows = tirx.Var("rows", "int64")
+            flat = bb.match_cast(flat, relax.TensorType((1, rows, hidden), "int8"))
+        whole, part = Left(flat, rows), Left(flat, length)
     qkv = _project(bb, node, LOCAL, whole, hidden, 0, 3 * hidden)
     gkv = _project(bb, node, GLOBAL, part, hidden, hidden, 3 * hidden)
     gq = _project(bb, node, GLOBAL, Left(gathered, tokens), hidden, 0, hidden)
+    if problem.col32:
+        qkv = _reshape(bb, qkv, (1, batch * seq, 3 * hidden))
+        gkv = _reshape(bb, gkv, (1, batch * length, 2 * hidden))
     y = kernel(
         "attention",
         [
-            _reshape(bb, qkv, (1, rows, 3 * hidden)),
+            qkv,
             gq,
-            _reshape(bb, gkv, (1, batch * length, 2 * hidden)),
+            gkv,
             node.inputs["mask"],
             positions,
             rank,

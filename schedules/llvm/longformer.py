@@ -103,9 +103,11 @@ def global_tokens(problem: Problem, target: Target) -> PrimFunc:
     flags int32 [B, S]
     -> positions int32 [B, S]: ascending in each row, of which the first rank[b, S] are written;
     rank int32 [B, S + 1]: global tokens before a position; offsets int32 [B]: global tokens of
-    the batch entries before b; sizes int64 [2]: global tokens of all entries, and S if there are
-    any, else 0.
+    the batch entries before b; sizes int64 [2]: global tokens of all entries, and the rows of a
+    matrix of the input (S of COL32, else B*S), or 0 where there are no global tokens.
     """
+
+    col32 = problem.col32
 
     @T.prim_func(s_tir=True, private=True)
     def global_tokens(
@@ -132,7 +134,7 @@ def global_tokens(problem: Problem, target: Target) -> PrimFunc:
             for b in range(B):
                 Offsets[b] = T.Cast("int32", Sizes[0])
                 Sizes[0] = Sizes[0] + T.Cast("int64", Rank[b, S])
-            Sizes[1] = T.Select(Sizes[0] > T.int64(0), S, T.int64(0))
+            Sizes[1] = T.Select(Sizes[0] > T.int64(0), S if col32 else B * S, T.int64(0))
 
     return global_tokens
 
@@ -336,10 +338,11 @@ def attention(problem: Problem, target: Target) -> PrimFunc:
         output: T.handle,
     ):
         T.func_attr({"tirx.noalias": True})
-        B, S, G, R = T.int64(), T.int64(), T.int64(), T.int64()
-        QKV = T.match_buffer(qkv, (1, B * S, 3 * H), "int8")
+        B, S = T.int64(), T.int64()
+        R, G, GR = T.int64(), T.int64(), T.int64()
+        QKV = T.match_buffer(qkv, (1, R, 3 * H), "int8")
         GQ = T.match_buffer(gq, (1, G, H), "int8")
-        GKV = T.match_buffer(gkv, (1, R, 2 * H), "int8")
+        GKV = T.match_buffer(gkv, (1, GR, 2 * H), "int8")
         Mask = T.match_buffer(mask, (B, S), "float16")
         Positions = T.match_buffer(positions, (B, S), "int32")
         Rank = T.match_buffer(rank, (B, S + 1), "int32")
