@@ -86,7 +86,6 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
     N1, N2, G, D, DV = p.query_heads, p.key_heads, p.group, p.head_size, p.value_size
     L, MR, NV, KG = t.lanes, t.rows, t.vectors, t.group
     ROWS, BLOCKS, M = t.height // G, t.height // t.rows, t.height
-    PANELS = math.ceil(DV / KG)
     CHUNK = t.chunk
     has_mask, has_forced = p.atten_mask is not None, p.topk_mask is not None
     mask_dtype, forced_dtype = p.atten_mask or "bool", p.topk_mask or "bool"
@@ -94,6 +93,7 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
     wants_max, wants_sum = "softmax_max" in p.outputs, "softmax_sum" in p.outputs
     wants_out, wants_blocks = "attention_out" in p.outputs, "topk_indices_out" in p.outputs
     wants_probabilities = wants_sum or wants_out or wants_blocks
+    PANELS = math.ceil(DV / KG) if wants_out else 0
     COPIES = 8
     check = guard(p)
     block_scores, select_blocks = scoring(p, L, MR, NV), selection(p, L)
@@ -210,17 +210,19 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
         for l in range(count):
             for c in range(D):
                 K[h2, slot, c, l] = to_float32(Keys[row + l, h2, c], unit)
-            for panel in range(PANELS):
-                for c in range(KG):
-                    V[h2, panel, slot * L + l, c] = T.if_then_else(
-                        panel * KG + c < DV,
-                        to_float32(Values[row + l, h2, panel * KG + c], unit),
-                        zero,
-                    )
-        for l in range(L - count):
-            for panel in range(PANELS):
-                for c in T.vectorized(KG):
-                    V[h2, panel, slot * L + count + l, c] = zero
+        if wants_out:
+            for l in range(count):
+                for panel in range(PANELS):
+                    for c in range(KG):
+                        V[h2, panel, slot * L + l, c] = T.if_then_else(
+                            panel * KG + c < DV,
+                            to_float32(Values[row + l, h2, panel * KG + c], unit),
+                            zero,
+                        )
+            for l in range(L - count):
+                for panel in range(PANELS):
+                    for c in T.vectorized(KG):
+                        V[h2, panel, slot * L + count + l, c] = zero
 
     @T.inline
     def pack_query(Q, X, first, rows, blocks, h2):
