@@ -122,7 +122,7 @@ def pipeline(target: Target, dump_ir: str | os.PathLike[str] | None = None) -> P
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
-            relax.transform.StaticPlanBlockMemory(),
+            _plan_memory,
             relax.transform.LowerAllocTensor(),
             relax.transform.KillAfterLastUse(),
             relax.transform.LowerRuntimeBuiltin(),
@@ -132,6 +132,20 @@ def pipeline(target: Target, dump_ir: str | os.PathLike[str] | None = None) -> P
             dump("lower"),
         ]
     )
+
+
+@module_pass(opt_level=0, name="PlanMemory")
+def _plan_memory(module: IRModule, _: PassContext) -> IRModule:
+    """Let tensors share memory, unless there are branches: TVM's plan gives one branch the memory
+    that only the other allocates, and the module crashes.
+    """
+    branches: list[relax.If] = []
+    for function in module.functions.values():
+        if isinstance(function, relax.Function):
+            relax.analysis.post_order_visit(
+                function, lambda e: branches.append(e) if isinstance(e, relax.If) else None
+            )
+    return module if branches else relax.transform.StaticPlanBlockMemory()(module)
 
 
 def _manifest(imported: Imported, target: Target) -> Manifest:

@@ -163,6 +163,10 @@ class _Importer(ONNXGraphImporter):
                 super()._construct_nodes(GraphProto(node=[node]))
             except (Exception, _Refused) as error:
                 raise _Refused(_naming(node, error)) from error
+            for name in filter(None, node.output):
+                value = self._nodes[name]
+                if isinstance(value, Call) and isinstance(value.ty, relax.TensorType):
+                    self._nodes[name] = self.bb.emit(value)  # here, not in a branch that uses it
         for value in graph.output:
             self._nodes[value.name] = self._as_tensor(self._nodes[value.name])
 
