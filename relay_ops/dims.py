@@ -41,6 +41,15 @@ def any_of(*conditions: bool | Expr) -> bool | Expr:
     return tirx.any(*undecided) if undecided else False
 
 
+def divmod_(index: Expr, dim: Dim) -> tuple[Expr, Expr]:
+    """Quotient and remainder of an index, which is never negative.
+
+    A floor division by a symbolic size would be lowered with a correction for negative operands,
+    and TVM's analyser rejects some nests of those.
+    """
+    return tirx.truncdiv(index, int64(dim)), tirx.truncmod(index, int64(dim))
+
+
 def view(bb: relax.BlockBuilder, x: relax.Expr, shape: Sequence[Dim]) -> relax.Expr:
     """``x`` under another shape of as many elements; ``x`` itself where that is its shape."""
     have = [*x.ty.shape]

@@ -26,7 +26,7 @@ from tvm.ir import Expr
 from ..frontend.schemas.linear_a8w8_quant import OUTPUT_DTYPES, SCHEMA
 from ..reference.linear_a8w8_quant import linear_a8w8_quant
 from . import quant
-from .dims import any_of, equal, int64, is_one, same, view
+from .dims import any_of, divmod_, equal, int64, is_one, same, view
 from .int8_matmul import (
     At,
     BatchMap,
@@ -207,8 +207,12 @@ def _left(bb: relax.BlockBuilder, node: Node, p: Problem) -> tuple[Left, BatchMa
         return Left(x1, p.m, batch), _operand_batch(p.b1, p.batch)
     x1 = view(bb, x1, [batch, p.k, p.m])
     if p.collapsed:
-        rows = Left(x1, batch * p.m, 1, lambda t, _, i, l: t[i // p.m, l, i % p.m])
-        return rows, None
+
+        def entry(t: te.Tensor, _: Expr, row: Expr, k: Expr) -> Expr:
+            z, i = divmod_(row, p.m)
+            return t[z, k, i]
+
+        return Left(x1, batch * p.m, 1, entry), None
     return Left(x1, p.m, batch, transposed), _operand_batch(p.b1, p.batch)
 
 
@@ -306,7 +310,7 @@ def _epilogue(node: Node, p: Problem, names: Sequence[str]) -> Epilogue:
             # Nine bits before the offset, eight after it.
             return quant.saturate_int8(quant.round_clip(t, -256, 255) + given["o9"][at.col])
         if "pertoken_scale" in given:
-            row = at.row % p.m if p.collapsed and p.b1 else at.row
+            row = divmod_(at.row, p.m)[1] if p.collapsed and p.b1 else at.row
             t = t * given["pertoken_scale"][row]
         if bias is not None and not int_bias:
             t = t + bias
@@ -318,7 +322,7 @@ def _epilogue(node: Node, p: Problem, names: Sequence[str]) -> Epilogue:
 def _bias_at(p: Problem, bias: te.Tensor | None, at: At) -> Expr | None:
     if bias is None or len(bias.shape) == 1:
         return None if bias is None else bias[at.col]
-    return bias[at.row // p.m if p.collapsed else at.z, at.col]
+    return bias[divmod_(at.row, p.m)[0] if p.collapsed else at.z, at.col]
 
 
 def _broadcast(node: Node, b1: Sequence[Dim], b2: Sequence[Dim]) -> list[Dim]:
@@ -345,14 +349,10 @@ def _operand_batch(operand: Sequence[Dim], batch: Sequence[Dim]) -> BatchMap:
 
     def matrix(z: Expr) -> Expr:
         index, stride = int64(0), 1
-        for axis in range(1, len(batch) + 1):
-            i = z if axis == len(batch) else z % batch[-axis]
-            z = z // batch[-axis]
-            if axis > len(operand):
-                break
-            dim = operand[-axis]
-            if not is_one(dim):
-                fixed = isinstance(dim, int) or same(dim, batch[-axis])
+        for dim, size in zip(reversed(operand), reversed(batch)):
+            z, i = divmod_(z, size)
+            if not is_one(dim):  # a size only known at the call may turn out to be 1
+                fixed = isinstance(dim, int) or same(dim, size)
                 index = index + (i if fixed else tirx.min(i, dim - 1)) * stride
             stride = stride * dim
         return index

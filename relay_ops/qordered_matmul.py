@@ -20,7 +20,7 @@ from tvm.ir import Expr
 from ..frontend.schemas.qordered_matmul import SCHEMA
 from ..reference.qordered_matmul import qordered_matmul
 from . import quant
-from .dims import any_of, equal, int64, is_one, view
+from .dims import any_of, divmod_, equal, int64, is_one, view
 from .int8_matmul import (
     At,
     Epilogue,
@@ -245,7 +245,7 @@ def _epilogue(p: Problem, names: Sequence[str]) -> Epilogue:
         if "bias" in given:
             v = v + given["bias"][at.col]
         if "C" in given:
-            z, row = (at.row // p.m, at.row % p.m) if p.collapsed else (at.z, at.row)
+            z, row = divmod_(at.row, p.m) if p.collapsed else (at.z, at.row)
             c = read(given["C"], batch_of(z), row, at.n)
             v = v + given["beta"][int64(0)] * c.astype("float32")
         return quant.to_int8(v)
