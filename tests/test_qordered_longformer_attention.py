@@ -1,0 +1,554 @@
+"""QOrderedLongformerAttention, compiled, against its specification and the NumPy reference."""
+
+import functools
+import itertools
+import math
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from tvm import relax, tirx
+from tvm.s_tir import SBlock
+from tvm.target import Target
+from tvm_ffi import structural_walk
+
+import opferry
+from opferry.driver.target import TARGETS
+from opferry.frontend.builders import node_model
+from opferry.frontend.importer import import_model
+from opferry.frontend.model import prepare
+from opferry.reference.compare import compare
+from opferry.runtime import cpu
+
+OP = "QOrderedLongformerAttention"
+DATA = Path(__file__).parent / "data"
+ROW, COL32, COL4_4R2_8C, COL32_2R_4R4 = 1, 2, 3, 4
+AT_RUN_TIME = ("input", "mask", "global")
+SCALES = (
+    "scale_input",
+    "scale_weight",
+    "scale_qkv_gemm",
+    "scale_global_weight",
+    "scale_global_gemm",
+    "scale_output",
+)
+WEIGHTS = ("weight", "bias", "global_weight", "global_bias", "scale_bias", *SCALES)
+
+
+def f32(*values):
+    return np.array(values, np.float32)
+
+
+# The specification's worked example; weights as the bytes that it prints.
+EXAMPLE = {
+    "input": np.array([[[8, -4], [2, 6], [-6, 3], [5, 5]]], np.int8),
+    "scale_input": f32(0.125),
+    "weight": np.array([10, 5, -3, 8, 4, -6, 7, 2, 20, -9, -12, 16], np.int8).reshape(2, 6),
+    "scale_weight": f32(0.0625),
+    "bias": f32(0.5, 0, 0, -0.5, 1, 0),
+    "scale_bias": f32(np.nan),
+    "scale_qkv_gemm": f32(0.125),
+    "mask": np.array([[0, 0, 0, -10000]], np.float16),
+    "global_weight": np.array([-7, 3, 4, 9, 6, 5, -2, 12, 11, -14, 30, 8], np.int8).reshape(2, 6),
+    "scale_global_weight": f32(0.0625),
+    "global_bias": f32(0, 0, 1, 0, 0, -2),
+    "scale_global_gemm": f32(0.125),
+    "global": np.array([[1, 0, 0, 0]], np.int32),
+    "scale_output": f32(0.03125),
+}
+EXAMPLE_ATTRS = {"num_heads": 1, "window": 1, "order_input": ROW, "order_output": ROW}
+EXAMPLE_OUTPUT = [[[-4, 3], [14, -3], [7, 3], [0, 0]]]
+
+
+def weights(seed, hidden, per_column=None, scalar_shape=()):
+    """Operands other than input, mask, global; ``per_column`` is the length of scale_weight."""
+    rng = np.random.default_rng(seed)
+
+    def matrix():
+        return rng.integers(-128, 128, (hidden, 3 * hidden), np.int8)
+
+    def column_scale(at):
+        shape = scalar_shape if per_column is None else (per_column,)
+        return (np.exp2(rng.uniform(-0.5, 0.5, shape)) * at).astype(np.float32)
+
+    scale = np.float32(40 / (74 * 74 * math.sqrt(hidden)))  # int8 projections of deviation 40
+    return {
+        "weight": matrix(),
+        "global_weight": matrix(),
+        "bias": rng.normal(0, 3, 3 * hidden).astype(np.float32),
+        "global_bias": rng.normal(0, 3, 3 * hidden).astype(np.float32),
+        "scale_input": np.full(scalar_shape, 0.03, np.float32),
+        "scale_weight": column_scale(scale),
+        "scale_global_weight": column_scale(scale * 1.3),
+        "scale_bias": np.full(scalar_shape, -1, np.float32),
+        "scale_qkv_gemm": np.full(scalar_shape, 0.03, np.float32),
+        "scale_global_gemm": np.full(scalar_shape, 0.04, np.float32),
+        "scale_output": np.full(scalar_shape, 0.02, np.float32),
+    }
+
+
+def flags(rng, batch, seq, counts):
+    """counts[b] global tokens in batch entry b, anywhere; any non-zero value is a flag."""
+    found = np.zeros((batch, seq), np.int32)
+    for b in range(batch):
+        count = min(counts[b % len(counts)], seq)
+        found[b, rng.permutation(seq)[:count]] = rng.choice([1, -1, 7], count)
+    return found
+
+
+def data(seed, batch, seq, hidden, counts, padding=0.2):
+    rng = np.random.default_rng(seed)
+    return {
+        "input": rng.integers(-128, 128, (batch, seq, hidden), np.int8),
+        "mask": np.where(rng.random((batch, seq)) < padding, -10000, 0).astype(np.float16),
+        "global": flags(rng, batch, seq, counts),
+    }
+
+
+@functools.cache
+def build(num_heads, head_size, window, orders=(ROW, 0, 0), target="llvm", fed=(), **options):
+    """(symbolic module, its weights, attributes); ``fed`` names weights that are graph inputs,
+    ``options`` are those of ``weights``.
+    """
+    hidden = num_heads * head_size
+    fixed = weights(num_heads + head_size, hidden, **options)
+    attrs = {
+        "num_heads": num_heads,
+        "window": window,
+        "order_input": orders[0],
+        "order_weight": orders[1],
+        "order_global_weight": orders[2],
+        "order_output": orders[0],
+    }
+    model = node_model(
+        OP,
+        {**fixed, **data(0, 1, 2 * window, hidden, [0])},
+        initializers=[name for name in fixed if name not in fed],
+        symbolic={name: {0: "B", 1: "S"} for name in AT_RUN_TIME},
+        **attrs,
+    )
+    return opferry.compile(model, target), fixed, attrs
+
+
+def agree(built, values):
+    """Run ``values`` (input, mask, global, and weights to replace) and compare."""
+    module, fixed, attrs = built
+    inputs = {**fixed, **values}
+    given = {spec.name: inputs[spec.name] for spec in module.inputs}
+    output = module.run(given)["output"]
+    (verdict,) = compare(OP, inputs, attrs, [output])
+    assert verdict.ok, verdict
+    return output
+
+
+@pytest.mark.parametrize("initializers", [(), WEIGHTS], ids=["fed", "stored"])
+def test_worked_example(initializers):
+    model = node_model(OP, EXAMPLE, initializers=initializers, **EXAMPLE_ATTRS)
+    module = opferry.compile(model)
+    output = module.run({spec.name: EXAMPLE[spec.name] for spec in module.inputs})["output"]
+    assert output.dtype == np.int8
+    assert output.tolist() == EXAMPLE_OUTPUT
+
+
+# num_heads, head_size, window, then (B, blocks of 2W, global tokens of the batch entries).
+SHAPES = {
+    "tiny": (1, 1, 1, [(1, 1, [0]), (3, 2, [1, 0, 4]), (1, 40, [3])]),
+    "odd": (3, 5, 3, [(2, 1, [0, 6]), (1, 7, [1]), (2, 30, [0, 20])]),
+    "head 24": (2, 24, 10, [(2, 1, [0]), (1, 5, [1]), (2, 9, [11, 180])]),
+    "head 40, window 33": (2, 40, 33, [(1, 1, [2]), (2, 6, [5, 0])]),
+    "head 64, tiles": (2, 64, 64, [(1, 1, [0]), (1, 4, [1]), (1, 5, [70])]),
+    "wide window": (1, 16, 300, [(1, 1, [1]), (1, 2, [9])]),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(shape):
+    """One module serves every batch size and length."""
+    *problem, runs = shape
+    built = build(*problem)
+    for seed, (batch, blocks, counts) in enumerate(runs):
+        seq = 2 * problem[2] * blocks
+        agree(built, data(seed, batch, seq, problem[0] * problem[1], counts))
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "head_size", "orders"),
+    [
+        (2, 16, (COL32, COL4_4R2_8C, COL4_4R2_8C)),
+        (3, 32, (COL32, COL32_2R_4R4, COL4_4R2_8C)),
+        (8, 12, (COL32, COL4_4R2_8C, COL32_2R_4R4)),
+    ],
+    ids=str,
+)
+def test_tiled_orders(num_heads, head_size, orders):
+    built = build(num_heads, head_size, 3, orders)
+    for batch, seq, counts in [(1, 6, [0]), (2, 18, [2, 0]), (2, 12, [0])]:
+        agree(built, data(seq, batch, seq, num_heads * head_size, counts))
+
+
+@pytest.mark.parametrize(
+    ("orders", "fed", "per_column"),
+    [
+        ((ROW, 0, 0), (), 32),
+        ((ROW, 0, 0), (), 96),
+        ((ROW, 0, 0), WEIGHTS, None),
+        ((ROW, 0, 0), WEIGHTS, 32),
+        ((COL32, COL32_2R_4R4, COL4_4R2_8C), (), 96),
+        ((COL32, COL32_2R_4R4, COL4_4R2_8C), WEIGHTS, 96),
+    ],
+    ids=["row-H", "row-3H", "row-fed", "row-fed-H", "tiled-3H", "tiled-fed-3H"],
+)
+def test_operands(orders, fed, per_column):
+    built = build(2, 16, 2, orders, fed=fed, per_column=per_column, scalar_shape=(1,))
+    agree(built, data(1, 2, 12, 32, [1, 3]))
+    if fed:  # the values of this call, not of the model
+        other = weights(77, 32, per_column, (1,))
+        agree(built, {**other, **data(2, 1, 8, 32, [0])})
+
+
+def test_some_operands_fed():
+    fed = ("scale_weight", "global_bias", "scale_output")
+    agree(build(2, 16, 2, fed=fed), data(3, 2, 12, 32, [1]))
+
+
+def test_masks():
+    """Additive values; only a negative one, however small, empties its own row."""
+    built = build(2, 16, 4)
+    values = data(5, 2, 32, 32, [5, 0], padding=0)
+    mask = values["mask"]
+    mask[0] = np.random.default_rng(0).choice(
+        np.array([0.0, -0.0, 1.5, -6e-8, -3, -65504, -np.inf, 300], np.float16), 32
+    )
+    output = agree(built, values)
+    assert not output[0][mask[0] < 0].any()
+    assert output[0][~(mask[0] < 0)].any(axis=-1).all()
+
+
+def test_padding():
+    """A padded batch entry is zero, also its global rows; a global padding token is invisible."""
+    built = build(2, 16, 4)
+    for padding in (-10000, -65504, -np.inf):
+        values = data(6, 3, 24, 32, [4], padding=0)
+        values["mask"][0] = padding
+        values["mask"][1, 20:] = padding
+        values["global"][1, 22] = 1
+        output = agree(built, values)
+        assert not output[0].any()
+        assert not output[1, 20:].any()
+        values["global"][1, 22] = 0
+        if padding != -10000:
+            assert np.array_equal(agree(built, values), output)
+
+
+def test_row_with_itself_only():
+    """Copies v: 13 and -10 in units of 0.125, read in units of 0.03125."""
+    values = dict(EXAMPLE, mask=np.array([[0, -np.inf, -np.inf, -np.inf]], np.float16))
+    values["global"] = np.zeros((1, 4), np.int32)
+    module = opferry.compile(node_model(OP, values, **EXAMPLE_ATTRS))
+    assert module.run(values)["output"].tolist() == [[[52, -40], [0, 0], [0, 0], [0, 0]]]
+    values["scale_output"] = f32(1e-6)  # saturates
+    assert module.run(values)["output"][0, 0].tolist() == [127, -128]
+
+
+@pytest.mark.parametrize("where", ["first", "last", "all", "middle", "more than W"])
+def test_places_of_global_tokens(where):
+    built = build(3, 5, 3)
+    values = data(7, 2, 48, 15, [0])
+    chosen = {
+        "first": np.s_[:, :1],
+        "last": np.s_[:, -1:],
+        "all": np.s_[:, :],
+        "middle": np.s_[1, 20:23],
+        "more than W": np.s_[:, :10],
+    }[where]
+    values["global"][chosen] = 1
+    agree(built, values)
+
+
+def test_global_operands_do_not_matter_without_flags():
+    built = build(2, 16, 2, (ROW, 0, 0), fed=WEIGHTS, per_column=None, scalar_shape=(1,))
+    values = data(8, 1, 8, 32, [0])
+    expected = agree(built, values)
+    other = {name: weights(9, 32)[name] for name in ("global_weight", "global_bias")}
+    assert np.array_equal(agree(built, {**values, **other}), expected)
+
+
+def test_large_scores_do_not_overflow():
+    """|q . k| passes the range of float16, probabilities are one-hot."""
+    built = build(2, 16, 2, (ROW, 0, 0), fed=WEIGHTS, per_column=None, scalar_shape=(1,))
+    scales = {"scale_qkv_gemm": f32(8), "scale_input": f32(8), "scale_output": f32(4)}
+    agree(built, {**data(9, 2, 12, 32, [1]), **scales})
+
+
+@pytest.mark.parametrize("target", ["x86-64", "x86-avx2", "x86-avx512", "x86-avx512vnni"])
+def test_instruction_tiers(target):
+    mcpu = TARGETS[target]["mcpu"]
+    if not needed(target) <= (cpu.features() or set()):
+        pytest.skip(f"needs a CPU like {mcpu}")
+    built = build(2, 24, 5, target=target)
+    agree(built, data(10, 2, 40, 48, [2, 0]))
+
+
+def needed(target):
+    from opferry.driver.target import required_features
+
+    return set(required_features(Target(TARGETS[target])))
+
+
+def minstd_rand0_int8(seed):
+    """Uniform int8 in -128..126 as libstdc++ draws them from std::minstd_rand0."""
+    state, scaling = seed, 2147483645 // 255
+    while True:
+        state = state * 16807 % 2147483647
+        if state - 1 < 255 * scaling:
+            yield (state - 1) // scaling - 128
+
+
+def test_recorded():
+    """ONNX Runtime's recorded GPU result: its float16 scores agree in 4000 of 4096 values."""
+    stream = minstd_rand0_int8(666)
+
+    def take(*shape):
+        return np.array(list(itertools.islice(stream, math.prod(shape))), np.int8).reshape(shape)
+
+    x = take(1, 128, 32)
+    inputs = {
+        "input": x,
+        "weight": take(32, 96),
+        "bias": take(96) / f32(2048),
+        "global_weight": take(32, 96),
+        "global_bias": take(96) / f32(2048),
+        "scale_input": f32(1 / 32),
+        "scale_weight": f32(1 / 64),
+        "scale_bias": f32(1 / 8),
+        "scale_qkv_gemm": f32(1 / 4),
+        "scale_global_weight": f32(1 / 64),
+        "scale_global_gemm": f32(1 / 4),
+        "scale_output": f32(1 / 8),
+        "mask": np.ones((1, 128), np.float16),
+        "global": (np.arange(128) < 16)[None].astype(np.int32),
+    }
+    x.reshape(-1)[120:128] = 0
+    inputs["mask"][:, 120:] = 0
+    attrs = {"num_heads": 2, "window": 32, "order_input": ROW, "order_output": ROW}
+    module = opferry.compile(node_model(OP, inputs, initializers=WEIGHTS, **attrs))
+    output = module.run({name: inputs[name] for name in AT_RUN_TIME})["output"]
+    recorded = np.loadtxt(DATA / "qordered_longformer_128x32.txt", dtype=np.int64)
+    assert np.count_nonzero(output[0] == recorded) >= 4000
+    (verdict,) = compare(OP, inputs, attrs, [output])
+    assert verdict.ok, verdict
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    problem=st.sampled_from([(3, 5, 3), (2, 16, 4), (2, 24, 10)]),
+    batch=st.integers(1, 4),
+    blocks=st.integers(1, 9),
+    counts=st.lists(st.integers(0, 60), min_size=1, max_size=4),
+    padding=st.sampled_from([0, 0.3, 1]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_fuzz(problem, batch, blocks, counts, padding, seed):
+    seq = 2 * problem[2] * blocks
+    agree(build(*problem), data(seed, batch, seq, problem[0] * problem[1], counts, padding))
+
+
+def memory(seq):
+    """(largest, total) elements of all that is allocated: graph values and kernels' own buffers."""
+    values = data(0, 1, seq, 32, [1])
+    attrs = {"num_heads": 2, "window": 8, "order_input": ROW, "order_output": ROW}
+    model = node_model(OP, {**weights(0, 32), **values}, initializers=WEIGHTS, **attrs)
+    module = import_model(prepare(model), Target({"kind": "llvm", "mcpu": "x86-64"})).module
+    sizes = []
+
+    def add(*shapes):
+        for shape in shapes:  # the rows of the global projections are symbols, at most S
+            sizes.append(math.prod(int(d) if isinstance(d, tirx.IntImm) else seq for d in shape))
+
+    def add_tensor(expr):
+        if isinstance(expr, relax.Var) and isinstance(expr.ty, relax.TensorType):
+            add(expr.ty.shape)
+
+    allocations = [
+        (tirx.AllocBuffer, lambda alloc: add(alloc.buffer.shape)),
+        (SBlock, lambda block: add(*(buffer.shape for buffer in block.alloc_buffers))),
+    ]
+    for func in module.functions.values():
+        if isinstance(func, tirx.PrimFunc):
+            structural_walk(func.body, allocations)
+        else:
+            relax.analysis.post_order_visit(func, add_tensor)
+    return max(sizes), sum(sizes)
+
+
+def test_memory_is_linear_in_the_sequence():
+    largest, total = memory(4096)
+    assert largest <= 4096 * 96 * 4  # the projections, no S x S
+    assert memory(8192)[1] <= 2 * total
+
+
+@pytest.mark.parametrize("shape", [(1, 20), (2, 6)], ids=str)
+def test_sequence_is_judged_at_the_call(shape):
+    module, _, _ = build(2, 16, 4)
+    values = data(0, *shape, 32, [0])
+    message = (
+        rf'{OP} node "node": .*sequence length S: found {shape[1]}, allowed a multiple of 2 \* '
+        r"window = 8"
+    )
+    with pytest.raises(ValueError, match=message):
+        module.run(values)
+
+
+def with_scale(value, *names):
+    return {name: f32(value) for name in names}
+
+
+# Changes to the worked example, and what the refusal says.
+REFUSALS = {
+    "num_heads missing": ({}, {"num_heads": None}, r'"num_heads": found 0, allowed at least 1'),
+    "num_heads": ({}, {"num_heads": -2}, r'"num_heads": found -2, allowed at least 1'),
+    "heads do not divide": ({}, {"num_heads": 4}, r'"num_heads": found 4, allowed a divisor of'),
+    "window missing": ({}, {"window": None}, r'"window": found 0, allowed at least 1'),
+    "window": ({}, {"window": 3}, r"sequence length S: found 4, allowed a multiple of .* = 6"),
+    "order_input missing": ({}, {"order_input": None}, r'"order_input": found 0, allowed 1 \(ROW'),
+    "order_input": ({}, {"order_input": 3}, r'"order_input": found 3, allowed 1 .* or 2 '),
+    "order_output missing": ({}, {"order_output": None}, r'"order_output": found 0, allowed 1 '),
+    "order_output": ({}, {"order_output": 2}, r'"order_output": found 2, allowed 1 '),
+    "order_weight": ({}, {"order_weight": 3}, r'"order_weight": found 3, allowed 0 \(COL\)'),
+    "order_global_weight": (
+        {},
+        {"order_global_weight": 1},
+        r'"order_global_weight": found 1, allowed 0 \(COL\) with order_input 1',
+    ),
+    "order_weight of COL32": (
+        {},
+        {"order_input": 2, "order_output": 2},
+        r'"order_weight": found 0, allowed 3 \(COL4_4R2_8C\) or 4 \(COL32_2R_4R4\)',
+    ),
+    "tile rule": (
+        {},
+        {"order_input": 2, "order_output": 2, "order_weight": 3, "order_global_weight": 4},
+        r"order_input.*found H = 2, allowed a multiple of 32",
+    ),
+    "input rank": (
+        {"input": np.zeros((4, 2), np.int8)},
+        {},
+        r'"input": found shape \(4, 2\), allowed shape \(B, S, H\)',
+    ),
+    "weight rank": ({"weight": np.zeros(12, np.int8)}, {}, r'"weight": .*allowed shape \(H, 3H\)'),
+    "weight": ({"weight": np.zeros((6, 2), np.int8)}, {}, r'"input": .*|"weight": found shape'),
+    "global_weight": (
+        {"global_weight": np.zeros((2, 2), np.int8)},
+        {},
+        r'"global_weight": found shape \(2, 2\), allowed shape \(2, 6\)',
+    ),
+    "bias": ({"bias": f32(1)}, {}, r'"bias": found shape \(1\), allowed shape \(6\)'),
+    "global_bias": ({"global_bias": f32(1, 2)}, {}, r'"global_bias": found shape \(2\), allowed'),
+    "mask": ({"mask": np.zeros((4, 1), np.float16)}, {}, r'"mask": found shape \(4, 1\), allowed'),
+    "global": ({"global": np.zeros((1, 3), np.int32)}, {}, r'"global": found shape \(1, 3\)'),
+    "swapped": (
+        {"global_bias": f32(0.125), "scale_global_gemm": np.zeros(6, np.float32)},
+        {},
+        r'"global_bias" and "scale_global_gemm".*look swapped',
+    ),
+    "scale_input": ({"scale_input": f32(1, 2)}, {}, r'"scale_input": found shape \(2\), allowed'),
+    "scale_bias": ({"scale_bias": f32(1, 2)}, {}, r'"scale_bias": found shape \(2\), allowed'),
+    "scale_weight": (
+        {"scale_weight": f32(1, 2, 3)},
+        {},
+        r'"scale_weight": found shape \(3\), allowed shape \(\) or \(1,\) or \(2,\) or \(6,\)',
+    ),
+    "scale_global_weight": (
+        {"scale_global_weight": np.ones((1, 6), np.float32)},
+        {},
+        r'"scale_global_weight": found shape \(1, 6\), allowed',
+    ),
+    **{
+        f"{name} {value}": ({name: f32(value)}, {}, rf'"{name}": found {value}, allowed finite')
+        for name, value in zip(SCALES, itertools.cycle([0.0, -1.0, np.nan, np.inf]))
+    },
+    "vector scale": (
+        {"scale_weight": f32(1, 0)},
+        {},
+        r'"scale_weight": found 0.0, allowed finite values above 0',
+    ),
+}
+
+
+@pytest.mark.parametrize(("inputs", "attrs", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_refusals(inputs, attrs, message):
+    model = node_model(
+        OP, {**EXAMPLE, **inputs}, initializers=WEIGHTS, **{**EXAMPLE_ATTRS, **attrs}
+    )
+    with pytest.raises(ValueError, match=rf'{OP} node "node": .*{message}'):
+        opferry.compile(model)
+
+
+def test_empty_tensors_are_refused():
+    values = {name: EXAMPLE[name][:0] for name in AT_RUN_TIME}
+    with pytest.raises(ValueError, match=r'input "input".*found .*0, allowed'):
+        opferry.compile(node_model(OP, {**EXAMPLE, **values}, **EXAMPLE_ATTRS))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("mask", np.float32), ("global", np.int64), ("input", np.uint8), ("bias", np.float16)],
+)
+def test_wrong_types(name, dtype):
+    with pytest.raises(TypeError, match=rf'{OP} node "node": input "{name}": found'):
+        opferry.compile(node_model(OP, {**EXAMPLE, name: EXAMPLE[name].astype(dtype)}))
+
+
+def test_unknown_attributes_are_ignored():
+    model = node_model(OP, EXAMPLE, **EXAMPLE_ATTRS, lda_coeff=3, check=False)
+    with pytest.warns(UserWarning, match="lda_coeff"):
+        module = opferry.compile(model)
+    assert module.run(EXAMPLE)["output"].tolist() == EXAMPLE_OUTPUT
+
+
+def test_batch_may_be_symbolic_alone():
+    model = node_model(
+        OP,
+        EXAMPLE,
+        initializers=WEIGHTS,
+        symbolic={name: {0: "B"} for name in AT_RUN_TIME},
+        **EXAMPLE_ATTRS,
+    )
+    module = opferry.compile(model)
+    values = {name: np.repeat(EXAMPLE[name], 3, axis=0) for name in AT_RUN_TIME}
+    assert module.run(values)["output"].tolist() == EXAMPLE_OUTPUT * 3
+
+
+def test_symbolic_dimensions_may_be_bound():
+    model = node_model(
+        OP,
+        EXAMPLE,
+        initializers=WEIGHTS,
+        symbolic={name: {0: "B", 1: "S"} for name in AT_RUN_TIME},
+        **EXAMPLE_ATTRS,
+    )
+    module = opferry.compile(model, shapes={"B": 1, "S": 4})
+    values = {name: EXAMPLE[name] for name in AT_RUN_TIME}
+    assert module.run(values)["output"].tolist() == EXAMPLE_OUTPUT
+    with pytest.raises(ValueError, match="sequence length S: found 5, allowed a multiple of"):
+        opferry.compile(model, shapes={"B": 1, "S": 5})
+
+
+def test_dimensions_by_other_names():
+    """Equal sizes under different symbols; H is known from the weight."""
+    model = node_model(
+        OP,
+        EXAMPLE,
+        initializers=WEIGHTS,
+        symbolic={"input": ["B", "S", "H"], "mask": ["B2", "S2"], "global": ["B", "S3"]},
+        **EXAMPLE_ATTRS,
+    )
+    module = opferry.compile(model)
+    values = {name: EXAMPLE[name] for name in AT_RUN_TIME}
+    assert module.run(values)["output"].tolist() == EXAMPLE_OUTPUT
+    with pytest.raises(ValueError, match=r'"mask" shape: found \(1, 6\), allowed shape'):
+        module.run({**values, "mask": np.zeros((1, 6), np.float16)})
+    with pytest.raises(ValueError, match=r'"input" shape: found \(1, 4, 3\), allowed shape'):
+        module.run({**values, "input": np.zeros((1, 4, 3), np.int8)})
