@@ -17,9 +17,14 @@ class Candidate:
     """Does the work once."""
     result: Callable[[], Any]
     """Does the work once and returns its result as `check` wants it."""
+    borrowed: Any = None
+    """Arrays whose memory the library uses without holding them."""
 
 
 def in_turn(candidates: Sequence[Candidate]) -> Candidate:
     """Candidates of one name with different weights, one after the other at each call."""
     calls = itertools.cycle([c.call for c in candidates])
-    return Candidate(candidates[0].name, lambda: next(calls)(), candidates[0].result)
+    first = candidates[0]
+    return Candidate(
+        first.name, lambda: next(calls)(), first.result, [c.borrowed for c in candidates]
+    )

@@ -132,12 +132,12 @@ struct job {
   long rounds;
   int cpu;
   pthread_barrier_t *start;
-  double work, from, to;
+  double work, elapsed, busy;
 };
 
-static double now(void) {
+static double read_clock(clockid_t which) {
   struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
+  clock_gettime(which, &t);
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
@@ -148,9 +148,10 @@ static void *run_job(void *argument) {
   CPU_SET(job->cpu, &only);
   sched_setaffinity(0, sizeof only, &only);
   pthread_barrier_wait(job->start);
-  job->from = now();
+  double wall = read_clock(CLOCK_MONOTONIC), cpu = read_clock(CLOCK_THREAD_CPUTIME_ID);
   job->work = job->kernel(job->arena, job->bytes, job->rounds);
-  job->to = now();
+  job->busy = read_clock(CLOCK_THREAD_CPUTIME_ID) - cpu;
+  job->elapsed = read_clock(CLOCK_MONOTONIC) - wall;
   return NULL;
 }
 
@@ -170,8 +171,9 @@ static const char *arena_of(int thread, size_t bytes) {
 }
 
 /* Runs `kind` on the first `threads` cores of this process's affinity mask. rates[t] receives what
- * thread t did in a second of its own, *seconds the time from the first start to the last end.
- * Returns the work of all threads, or -1 where there is no such kind, core or memory. */
+ * thread t did in a second by the clock on the wall, which tells whether it had its core to itself;
+ * *seconds the longest time that a thread was on its core, which does not depend on that. Returns
+ * the work of all threads, or -1 where there is no such kind, core or memory. */
 double limit_run(const char *kind, int threads, long rounds, double *rates, double *seconds) {
   cpu_set_t allowed;
   sched_getaffinity(0, sizeof allowed, &allowed);
@@ -192,15 +194,14 @@ double limit_run(const char *kind, int threads, long rounds, double *rates, doub
     jobs[t] = (struct job){KERNELS[k].kernel, arena, KERNELS[k].bytes, rounds, cpu, &start, 0, 0, 0};
   }
   for (int t = 0; t < threads; ++t) pthread_create(&ids[t], NULL, run_job, &jobs[t]);
-  double work = 0, from = 0, to = 0;
+  double work = 0;
+  *seconds = 0;
   for (int t = 0; t < threads; ++t) {
     pthread_join(ids[t], NULL);
-    rates[t] = jobs[t].work / (jobs[t].to - jobs[t].from);
+    rates[t] = jobs[t].work / jobs[t].elapsed;
     work += jobs[t].work;
-    if (!t || jobs[t].from < from) from = jobs[t].from;
-    if (!t || jobs[t].to > to) to = jobs[t].to;
+    if (jobs[t].busy > *seconds) *seconds = jobs[t].busy;
   }
   pthread_barrier_destroy(&start);
-  *seconds = to - from;
   return work;
 }

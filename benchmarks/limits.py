@@ -32,8 +32,8 @@ class Unavailable(RuntimeError):
 class Limit:
     """One ceiling: a callable that keeps every thread busy and returns the seconds it took.
 
-    The threads take their own time, from the first start to the last end, so that creating them
-    does not count. `work` is what a call does, in operations or bytes.
+    The time is that of the slowest thread while it was on its core: neither creating threads nor
+    other processes count, the clock rate does. `work` is what a call does, in operations or bytes.
     """
 
     def __init__(self, kind: str, threads: int = THREADS, seconds: float = SECONDS):
@@ -57,7 +57,9 @@ class Limit:
 
     @property
     def thread_rates(self) -> list[float]:
-        """Work a second of each thread in the last call, by its own clock."""
+        """Work a second of each thread in the last call, by the clock on the wall: lower than that
+        of others when the thread had to share its core.
+        """
         return list(self._rates)
 
 

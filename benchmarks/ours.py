@@ -6,10 +6,7 @@ the peers are given, and `Module.run` with NumPy arrays, which checks and copies
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
-import onnx
 from onnx import TensorProto
 
 import opferry
@@ -44,7 +41,8 @@ def _compile(problem: Problem, seed: int) -> list[Candidate]:
 
     model, feeds, finish = _MODELS[type(problem)](problem, seed)
     target = problem.target if isinstance(problem, Matmul) else "llvm"
-    module = opferry.compile(model, target, threads=THREADS)
+    sizes = {"B": problem.B, "S": problem.S} if isinstance(problem, Encoder) else None
+    module = opferry.compile(model, target, sizes, threads=THREADS)
     feeds = {spec.name: np.ascontiguousarray(feeds[spec.name]) for spec in module.inputs}
     names = [spec.name for spec in module.outputs]
     threads.use(THREADS)
@@ -87,7 +85,7 @@ def _qordered_matmul(p: Matmul, a):
     from opferry.reference.numerics import Order, pack, unpack
 
     col32, weight_tile = Order(2), Order(4)
-    orders = (2, 4, 2) if p.tiled else (1, 0, 1)
+    orders = dict(zip(("order_A", "order_B", "order_Y"), (2, 4, 2) if p.tiled else (1, 0, 1)))
     feeds = {
         "A": pack(a.A[None], col32)[0] if p.tiled else a.A,
         "scale_A": np.float32(1),
@@ -191,11 +189,10 @@ def _nsa(p: Nsa, seed: int):
     return model, feeds, lambda out: (out["attention_out"], out["topk_indices_out"])
 
 
-def _encoder(p: Encoder, seed: int) -> tuple[onnx.ModelProto, dict[str, np.ndarray], Callable]:
+def _encoder(p: Encoder, seed: int):
     from .encoder import quantised_model
 
-    feeds = vars(inputs(p, seed))
-    return quantised_model(p), feeds, lambda out: out["embedding"]
+    return quantised_model(), vars(inputs(p, seed)), lambda out: out["embedding"]
 
 
 _MODELS = {

@@ -23,7 +23,10 @@ def candidates(problem: Problem, seed: int = 0) -> dict:
         takes = problem.dtype in ("fp32", "bf16") and problem.N1 == problem.N2
         builders = {"ScaledDotProductAttention": partial(_attention, problem)} if takes else {}
     elif isinstance(problem, Encoder):
-        builders = {"int8": partial(_encoder, problem)}
+        builders = {
+            "int8, static": partial(_encoder, problem, False),
+            "int8, dynamic": partial(_encoder, problem, True),
+        }
     else:
         builders = {}
     return {f"openvino {name}": partial(_named, name, b) for name, b in builders.items()}
@@ -69,19 +72,23 @@ def _attention(p: Attention) -> Candidate:
     return _compiled(y, parameters, arrays, precision)
 
 
-def _encoder(p: Encoder) -> Candidate:
-    from ..encoder import qdq_int8
+def _encoder(p: Encoder, dynamic: bool) -> Candidate:
+    """Activations quantised with calibrated scales, or by itself, row by row, as they come."""
+    from ..encoder import float_model, qdq_int8
 
-    model = openvino.Core().read_model(qdq_int8(p).SerializeToString())
+    model = float_model(p, int8_weights=True) if dynamic else qdq_int8(p)
+    model = openvino.Core().read_model(model.SerializeToString())
     feeds = vars(inputs(p))
-    return _requested(model, [feeds[port.any_name] for port in model.inputs])
+    arrays = [feeds[port.any_name] for port in model.inputs]
+    group = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(p.INNER)} if dynamic else {}
+    return _requested(model, arrays, **group)
 
 
 def _compiled(y, parameters, arrays, precision: str = "f32") -> Candidate:
     return _requested(openvino.Model([y], parameters), arrays, precision)
 
 
-def _requested(model: openvino.Model, arrays, precision: str = "f32") -> Candidate:
+def _requested(model: openvino.Model, arrays, precision: str = "f32", **options) -> Candidate:
     compiled = openvino.Core().compile_model(
         model,
         "CPU",
@@ -90,6 +97,7 @@ def _requested(model: openvino.Model, arrays, precision: str = "f32") -> Candida
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": precision,
+            **options,
         },
     )
     request = compiled.create_infer_request()
@@ -100,4 +108,4 @@ def _requested(model: openvino.Model, arrays, precision: str = "f32") -> Candida
         request.infer()
         return request.get_output_tensor().data.copy()
 
-    return Candidate("", request.infer, result)
+    return Candidate("", request.infer, result, borrowed=arrays)
