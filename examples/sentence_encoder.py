@@ -5,8 +5,9 @@
 1. The model: six layers with the published weights as ONNX, its linear layers
    npu::NPUQuantMatmul, its attention mindspore::SpeedFusionAttention.
 2. One compiled module, run on batches of several sizes and lengths.
-3. The same ONNX model in NumPy must agree with it.
-4. The published float32 model must agree with it: int8 costs a cosine similarity of about 0.003.
+3. Every node of it must agree with the same ONNX model in NumPy.
+4. Every sentence must agree with the published float32 model: int8 costs it about 0.001 of cosine
+   similarity, a sentence of one word up to 0.006.
 5. The nearest sentences, which is what such embeddings are for.
 """
 
@@ -14,10 +15,10 @@ import sys
 import time
 
 import numpy as np
-from minilm import files, original, quantised
+from minilm import calibration, files, quantised
+from minilm.original import Original
 
 import opferry
-from opferry.reference.evaluator import evaluator
 
 SENTENCES = [
     "The harbour was quiet after the storm.",
@@ -33,17 +34,15 @@ SENTENCES = [
     "Bread needs flour, water, salt and yeast.",
     "To bake a loaf, mix flour with water, a little salt and some yeast, let the dough rise, and "
     "put it into a hot oven.",
-    "Help!",
+    "I love you.",
 ]
 WORST_COSINE = 0.99
-# An activation at the border of two int8 steps may fall to either side when sums are added in
-# another order; one step, in a few of a row's 384 numbers, moves an embedding by about 1e-3.
-NUMPY_TOLERANCE = 5e-3
 
 
 def main(sentences: list[str] = SENTENCES) -> int:
     weights, config = files.weights(), files.config()
-    model = quantised.build(weights, config)
+    largest = calibration.largest_inputs(weights, config)
+    model = quantised.build(weights, config, largest)
 
     module = compile_with_times(model)
     print(module)
@@ -55,23 +54,21 @@ def main(sentences: list[str] = SENTENCES) -> int:
     shapes = ", ".join(str(batch["input_ids"].shape) for batch in tokens)
     print(f"one module ran batches of (sentences, tokens) {shapes}")
 
-    reference = evaluator(model)
-    difference = max(
-        np.abs(reference.run(None, batch)[0] - embedding).max()
-        for batch, embedding in zip(tokens, compiled)
-    )
-    print(f"against the same ONNX model in NumPy: largest difference {difference:.1e}\n")
+    # A value at the border of two int8 steps may fall to either side when float sums are added in
+    # another order, and later layers carry that on; each node still agrees on what it was given.
+    report = opferry.validate(model, module, inputs=tokens[1])
+    print(f"against the same ONNX model in NumPy, sentences 2 to 5:\n{report}\n")
 
     embeddings = compiled[-1]
-    cosines = (embeddings * original.embed(weights, config, tokens[-1])).sum(axis=1)
+    cosines = (embeddings * Original(weights, config).embed(tokens[-1])).sum(axis=1)
     print_table(sentences, embeddings, cosines)
     alone = (compiled[0][0] * embeddings[0]).sum()
     print(f"\nthe first sentence alone and in the padded batch: cosine {alone:.4f}")
     mean, worst = cosines.mean(), cosines.min()
     print(f"int8 against float32: cosine {mean:.4f} on average, {worst:.4f} at worst")
 
-    if difference > NUMPY_TOLERANCE or worst < WORST_COSINE:
-        print(f"WRONG: allowed {NUMPY_TOLERANCE} against NumPy, {WORST_COSINE} against float32")
+    if not report.ok or worst < WORST_COSINE:
+        print(f"WRONG: allowed are nodes that agree with NumPy and cosines above {WORST_COSINE}")
         return 1
     return 0
 

@@ -1,15 +1,10 @@
-"""Tensors of real text for the single operators: what the encoder's first layer computes with.
-
-The text is the opening of Lewis Carroll's "Alice's Adventures in Wonderland" (1865).
-"""
-
-from pathlib import Path
+"""Tensors of real text for the single operators: what the encoder's first layer computes with."""
 
 import numpy as np
 
-from . import files, original
+from . import files, text
+from .original import Original
 
-TEXT = Path(__file__).parent.parent / "text" / "alice.txt"
 ATTENTION = "encoder.layer.0.attention.self"
 ROLES = ("query", "key", "value")
 HEADS, HEAD_SIZE = 12, 32
@@ -17,14 +12,13 @@ HEADS, HEAD_SIZE = 12, 32
 
 def token_ids(length: int) -> np.ndarray:
     """The first `length` <= 512 tokens of the text, int64 (length,)."""
-    return files.tokenize([TEXT.read_text()], max_tokens=length)["input_ids"][0, :length]
+    return files.tokenize([text.whole()], max_tokens=length)["input_ids"][0, :length]
 
 
 def hidden(length: int) -> np.ndarray:
     """Activations of these tokens, float32 (length, 384)."""
     ids = token_ids(length)[None]
-    tokens = {"input_ids": ids, "token_type_ids": np.zeros_like(ids)}
-    return original.embeddings(files.weights(), files.config(), tokens)[0]
+    return Original(files.weights(), files.config()).embeddings(ids, np.zeros_like(ids))[0]
 
 
 def query_key_value(length: int) -> list[np.ndarray]:

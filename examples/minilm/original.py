@@ -11,57 +11,62 @@ import numpy as np
 _erf = np.vectorize(math.erf, otypes=[np.float32])
 
 
-def embed(weights: dict[str, np.ndarray], config: dict, tokens: dict[str, np.ndarray]):
-    """Unit vectors (B, H) of token ids (B, S)."""
-    mask = tokens["attention_mask"]
-    x = embeddings(weights, config, tokens)
-    for layer in range(config["num_hidden_layers"]):
-        x = _layer(x, mask, weights, f"encoder.layer.{layer}", config)
-    count = mask[:, :, None].astype(np.float32)
-    mean = (x * count).sum(axis=1) / count.sum(axis=1)
-    return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+class Original:
+    """`weights` are the published float32 tensors by name, `config` is the model's config.json."""
 
+    def __init__(self, weights: dict[str, np.ndarray], config: dict):
+        self.weights = weights
+        self.layers = config["num_hidden_layers"]
+        self.heads = config["num_attention_heads"]
+        self.epsilon = config["layer_norm_eps"]
 
-def embeddings(w: dict[str, np.ndarray], config: dict, tokens: dict[str, np.ndarray]):
-    """What the first layer sees, (B, S, H): word, position and token type, normalised."""
-    x = (
-        w["embeddings.word_embeddings.weight"][tokens["input_ids"]]
-        + w["embeddings.position_embeddings.weight"][: tokens["input_ids"].shape[1]]
-        + w["embeddings.token_type_embeddings.weight"][tokens["token_type_ids"]]
-    )
-    return _layer_norm(x, w, "embeddings.LayerNorm", config)
+    def embed(self, tokens: dict[str, np.ndarray]) -> np.ndarray:
+        """Unit vectors (B, H) of input_ids, attention_mask and token_type_ids (B, S)."""
+        mask = tokens["attention_mask"]
+        x = self.embeddings(tokens["input_ids"], tokens["token_type_ids"])
+        for layer in range(self.layers):
+            x = self._layer(x, mask, f"encoder.layer.{layer}")
+        count = mask[:, :, None].astype(np.float32)
+        mean = (x * count).sum(axis=1) / count.sum(axis=1)
+        return mean / np.linalg.norm(mean, axis=1, keepdims=True)
 
+    def embeddings(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
+        """What the first layer sees, (B, S, H): word, position and token type, normalised."""
+        w = self.weights
+        x = (
+            w["embeddings.word_embeddings.weight"][input_ids]
+            + w["embeddings.position_embeddings.weight"][: input_ids.shape[1]]
+            + w["embeddings.token_type_embeddings.weight"][token_type_ids]
+        )
+        return self._layer_norm(x, "embeddings.LayerNorm")
 
-def _layer(x, mask, w, name, config):
-    a = _attention(x, mask, w, f"{name}.attention.self", config["num_attention_heads"])
-    a = _linear(a, w, f"{name}.attention.output.dense")
-    x = _layer_norm(x + a, w, f"{name}.attention.output.LayerNorm", config)
-    h = _gelu(_linear(x, w, f"{name}.intermediate.dense"))
-    h = _linear(h, w, f"{name}.output.dense")
-    return _layer_norm(x + h, w, f"{name}.output.LayerNorm", config)
+    def linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
 
+    def _layer(self, x, mask, name):
+        a = self._attention(x, mask, f"{name}.attention.self")
+        a = self.linear(a, f"{name}.attention.output.dense")
+        x = self._layer_norm(x + a, f"{name}.attention.output.LayerNorm")
+        h = _gelu(self.linear(x, f"{name}.intermediate.dense"))
+        h = self.linear(h, f"{name}.output.dense")
+        return self._layer_norm(x + h, f"{name}.output.LayerNorm")
 
-def _attention(x, mask, w, name, heads):
-    def split(role):  # (B, S, H) -> (B, N, S, D)
-        y = _linear(x, w, f"{name}.{role}")
-        return y.reshape(*y.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+    def _attention(self, x, mask, name):
+        def split(role):  # (B, S, H) -> (B, N, S, D)
+            y = self.linear(x, f"{name}.{role}")
+            return y.reshape(*y.shape[:2], self.heads, -1).transpose(0, 2, 1, 3)
 
-    q, k, v = split("query"), split("key"), split("value")
-    scores = q @ k.swapaxes(-1, -2) / np.float32(math.sqrt(q.shape[-1]))
-    scores = np.where(mask[:, None, None, :] == 1, scores, -np.inf)
-    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    out = p / p.sum(axis=-1, keepdims=True) @ v
-    return out.transpose(0, 2, 1, 3).reshape(x.shape)
+        q, k, v = split("query"), split("key"), split("value")
+        scores = q @ k.swapaxes(-1, -2) / np.float32(math.sqrt(q.shape[-1]))
+        scores = np.where(mask[:, None, None, :] == 1, scores, -np.inf)
+        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        out = p / p.sum(axis=-1, keepdims=True) @ v
+        return out.transpose(0, 2, 1, 3).reshape(x.shape)
 
-
-def _linear(x, w, name):
-    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-
-def _layer_norm(x, w, name, config):
-    centred = x - x.mean(axis=-1, keepdims=True)
-    deviation = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + config["layer_norm_eps"])
-    return centred / deviation * w[f"{name}.weight"] + w[f"{name}.bias"]
+    def _layer_norm(self, x, name):
+        centred = x - x.mean(axis=-1, keepdims=True)
+        deviation = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + self.epsilon)
+        return centred / deviation * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
 
 
 def _gelu(x):

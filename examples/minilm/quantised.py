@@ -1,7 +1,10 @@
 """all-MiniLM-L6-v2 as an ONNX model for int8: the encoder that opferry compiles.
 
 Every linear layer is `npu::NPUQuantMatmul`: int8 weights with a scale per output channel, int8
-activations with a scale per token that the graph computes. Attention is
+activations with a scale per token that the graph computes. A few channels of the activations are
+far larger than the rest and would leave those few steps; where a layer's input comes from a
+normalisation, each channel is divided by a constant and the weights multiplied by it (SmoothQuant,
+arXiv 2211.10438). Attention is
 `mindspore::SpeedFusionAttention` with the padding as its mask. The rest is standard ONNX. Batch B
 and length S are symbolic: one model, and one compiled module, for every number of sentences and
 tokens.
@@ -19,13 +22,16 @@ OPSET = 17
 INT8_MAX = 127
 
 
-def build(weights: dict[str, np.ndarray], config: dict) -> onnx.ModelProto:
+def build(
+    weights: dict[str, np.ndarray], config: dict, largest: dict[str, np.ndarray]
+) -> onnx.ModelProto:
     """input_ids, attention_mask, token_type_ids int64 (B, S) -> embedding float32 (B, H), of length
     1.
 
-    `weights` are the published float32 tensors by name, `config` is the model's config.json.
+    `weights` are the published float32 tensors by name, `config` is the model's config.json,
+    `largest` the magnitudes of `calibration.largest_inputs`.
     """
-    g = _Encoder(weights, config)
+    g = _Encoder(weights, config, largest)
     size = g.add("Shape", "input_ids")  # [B, S]
     length = g.add("Gather", size, g.constant([1]))  # [S]
     x = g.embeddings(length)
@@ -46,8 +52,9 @@ def build(weights: dict[str, np.ndarray], config: dict) -> onnx.ModelProto:
 class _Encoder:
     """Adds nodes to a graph. Between the layers tokens are rows: x is float32 (B*S, H)."""
 
-    def __init__(self, weights: dict[str, np.ndarray], config: dict):
+    def __init__(self, weights, config, largest):
         self.weights = weights
+        self.largest = largest
         self.hidden = config["hidden_size"]
         self.heads = config["num_attention_heads"]
         self.epsilon = config["layer_norm_eps"]
@@ -65,12 +72,12 @@ class _Encoder:
         return self.layer_norm(self.rows(x), "embeddings.LayerNorm")
 
     def layer(self, x: str, name: str) -> str:
-        q8 = self.quantise(x)
-        q, k, v = (
-            self.add(
-                "Reshape", self.linear(q8, f"{name}.attention.self.{role}"), self.shape
-            )  # (B, S, H)
-            for role in ("query", "key", "value")
+        projections = [f"{name}.attention.self.{role}" for role in ("query", "key", "value")]
+        divisors = self.divisors(projections)
+        x8 = self.quantise(x, divisors)
+        q, k, v = (  # (B, S, H) each
+            self.add("Reshape", self.linear(x8, projection, divisors), self.shape)
+            for projection in projections
         )
         attended = f"{name}.attention"
         self.nodes.append(
@@ -89,12 +96,24 @@ class _Encoder:
         attended = self.quantise(self.rows(attended))
         attended = self.linear(attended, f"{name}.attention.output.dense")
         x = self.layer_norm(self.add("Add", x, attended), f"{name}.attention.output.LayerNorm")
-        h = self.gelu(self.linear(self.quantise(x), f"{name}.intermediate.dense"))
+        intermediate = f"{name}.intermediate.dense"
+        divisors = self.divisors([intermediate])
+        h = self.gelu(self.linear(self.quantise(x, divisors), intermediate, divisors))
         h = self.linear(self.quantise(h), f"{name}.output.dense")
         return self.layer_norm(self.add("Add", x, h), f"{name}.output.LayerNorm")
 
-    def quantise(self, x: str) -> tuple[str, str]:
+    def divisors(self, layers: list[str]) -> np.ndarray:
+        """(in,) for layers of one input: half of a channel's excess goes from it to the weights."""
+        largest_weight = np.max(
+            [np.abs(self.weights[f"{layer}.weight"]).max(axis=0) for layer in layers], axis=0
+        )
+        ratio = np.sqrt(self.largest[layers[0]] / largest_weight)
+        return (ratio / np.exp(np.log(ratio).mean())).astype(np.float32)
+
+    def quantise(self, x: str, divisors: np.ndarray | None = None) -> tuple[str, str]:
         """Rows of x as int8, the largest magnitude of each at 127, and their scales (B*S,)."""
+        if divisors is not None:
+            x = self.add("Mul", x, self.constant(1 / divisors))
         largest = self.add("ReduceMax", self.add("Abs", x), axes=[-1], keepdims=1)  # (B*S, 1)
         scale = self.add("Div", largest, self.constant(np.float32(INT8_MAX)))
         steps = self.add("Round", self.add("Div", x, scale))
@@ -102,9 +121,9 @@ class _Encoder:
         x8 = self.add("Cast", self.add("Clip", steps, low, high), to=TensorProto.INT8)
         return x8, self.add("Reshape", scale, self.constant([-1]))
 
-    def linear(self, x: tuple[str, str], name: str) -> str:
-        """x @ weight.T + bias, of quantised rows."""
-        weight = self.weights[f"{name}.weight"]  # (out, in)
+    def linear(self, x: tuple[str, str], name: str, divisors: np.ndarray | float = 1) -> str:
+        """x @ weight.T + bias, of quantised rows of x / divisors."""
+        weight = self.weights[f"{name}.weight"] * divisors  # (out, in)
         scale = np.abs(weight).max(axis=1) / np.float32(INT8_MAX)
         weight8 = np.rint(weight / scale[:, None]).astype(np.int8)
         self.initializer(f"{name}.weight", weight8)
