@@ -31,7 +31,9 @@ from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops.attention import Sequence
+from .attention_row import RowTile
 from .attention_tile import Tile
+from .scratch import scratch
 from .vector import VectorUnit, vector_unit
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ class AttentionConfig:
     """Groups per task: they share one conversion of the keys and values."""
     keys: int
     """C, a multiple of ``unroll`` and ``lanes``."""
+    few: int
+    """Up to this many rows a task goes row by row."""
 
     def __post_init__(self) -> None:
         if self.keys % self.unroll or self.keys % self.lanes:
@@ -80,7 +84,12 @@ def configure(problem: AttentionProblem, unit: VectorUnit) -> AttentionConfig:
         unroll=8 if wide else 6,
         groups=(1 if large else 2) * 16 // unit.lanes,
         keys={True: 64, False: 48}[wide] if large else {True: 128, False: 96}[wide],
+        few=unit.lanes // 2,
     )
+
+
+Task = tuple[Sequence, Expr, Expr]
+"""Sequence, head, first query row."""
 
 
 def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
@@ -99,11 +108,37 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
                 for name, tensor in (problem.tensors | problem.outputs).items()
             }
             B, S1, S2 = _shape((problem.B, problem.S1, problem.S2), dims)
-            tile = Tile(problem, config, unit, buffers, _scalars(problem, buffers))
+            parts = (problem, config, unit, buffers, _scalars(problem, buffers))
             divide = _packed_tasks if problem.layout == "TND" else _batch_tasks
-            with divide(problem, config, buffers, B, S1, S2) as (at, n, i0):
-                tile.emit(at, n, i0)
+            with divide(problem, config, buffers, B, S1, S2) as task:
+                _emit(Tile(*parts), RowTile(*parts), task)
         return builder.get()
+
+
+def _emit(tile: Tile, row_tile: RowTile, task: Task) -> None:
+    """Few rows go one by one, more across the lanes; only what the sizes leave possible."""
+    tile.place(*task)
+    row_tile.place(*task)
+    few = tile.config.few
+    possible = _task_rows(tile.problem, tile.config)
+    if min(possible) > few:
+        tile.emit()
+    elif max(possible) <= few:
+        row_tile.emit()
+    else:
+        with T.If(tile.rows <= few):
+            with T.Then():
+                row_tile.emit()
+            with T.Else():
+                tile.emit()
+
+
+def _task_rows(problem: AttentionProblem, config: AttentionConfig) -> set[int]:
+    """How many rows a task may have."""
+    if problem.layout == "TND" or not isinstance(problem.S1, int):
+        return {1, config.rows}
+    whole, rest = divmod(problem.S1, config.rows)
+    return {config.rows} if not rest else {rest, config.rows} if whole else {rest}
 
 
 def _shape(shape: tuple, dims: dict[str, Expr]) -> tuple[Expr, ...]:
@@ -127,10 +162,6 @@ def _scalars(problem: AttentionProblem, buffers: dict[str, tir.Buffer]) -> dict[
             index = [0] * len(buffers[name].shape)
             values[name] = T.Bind(buffers[name][tuple(index)].astype("int64"))
     return values
-
-
-Task = tuple[Sequence, Expr, Expr]
-"""Sequence, head, first query row."""
 
 
 @contextmanager
@@ -179,7 +210,7 @@ def _packed_tasks(
     tile_sequence = T.alloc_buffer((bound,), "int32")
     tile_row = T.alloc_buffer((bound,), "int32")
     pairs = T.alloc_buffer((B,), "int64")
-    state = T.alloc_buffer((2,), "int64")  # tiles so far, pairs so far
+    state = scratch((2,), "int64")  # tiles so far, pairs so far
     for slot in range(2):
         T.buffer_store(state, tir.const(0, "int64"), [slot])
     with T.serial(B) as b:
@@ -218,8 +249,8 @@ def _packed_sequence(
     """Place of sequence b. Its numbers go through local buffers: named values would be substituted
     into every index, which multiplies the compile time.
     """
-    lengths = T.alloc_buffer((2,), "int32", scope="local")
-    starts = T.alloc_buffer((3,), "int64", scope="local")
+    lengths = scratch((2,), "int32", scope="local")
+    starts = scratch((3,), "int64", scope="local")
     for k, ends in enumerate((ends_q, ends_kv)):
         start, length = _span(ends, b)
         T.buffer_store(lengths, length.astype("int32"), [k])

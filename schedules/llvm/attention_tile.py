@@ -16,6 +16,7 @@ from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
 from ...relay_ops.attention import Sequence
+from .scratch import scratch
 from .transpose import transpose_square
 from .vector import LOG2E, VectorUnit, exp2_nonpositive, float32, from_float32, to_float32
 
@@ -35,30 +36,32 @@ class Tile:
     scalars: dict[str, Expr]
     """seed, offset, q_start_idx, kv_start_idx as int64."""
 
-    def emit(self, at: Sequence, n: Expr, i0: Expr) -> None:
-        """Query rows i0, i0 + 1, ... of head n."""
-        p, c = self.problem, self.config
+    def place(self, at: Sequence, n: Expr, i0: Expr) -> None:
+        """Take query rows i0, i0 + 1, ... of head n."""
         self.at, self.n, self.i0 = at, n, i0
-        self.g = attention.head_group(n, p.N1, p.N2)
-        self.rows = T.Bind(tir.min(at.S1 - i0, c.rows))
+        self.g = attention.head_group(n, self.problem.N1, self.problem.N2)
+        self.rows = T.Bind(tir.min(at.S1 - i0, self.config.rows))
+        self.wants_output = "attention_out" in self.problem.outputs
+
+    def emit(self) -> None:
+        p, c, i0 = self.problem, self.config, self.i0
         self.groups = T.Bind((self.rows + (c.width - 1)) // c.width)
-        self.queries = T.alloc_buffer((c.groups * p.D, c.width), "float32")
-        self.scores = T.alloc_buffer((c.keys, c.width), "float32")
-        self.top = T.alloc_buffer((c.rows,), "float32")
-        self.sum = T.alloc_buffer((c.rows,), "float32")
-        self.tile_top = T.alloc_buffer((c.width,), "float32", scope="local")
-        self.correction = T.alloc_buffer((c.width,), "float32", scope="local")
-        self.wants_output = "attention_out" in p.outputs
+        self.queries = scratch((c.groups * p.D, c.width))
+        self.scores = scratch((c.keys, c.width))
+        self.top = scratch((c.rows,))
+        self.sum = scratch((c.rows,))
+        self.tile_top = scratch((c.width,), scope="local")
+        self.correction = scratch((c.width,), scope="local")
         if self.wants_output:
-            self.output = T.alloc_buffer((c.groups * p.D, c.width), "float32")
+            self.output = scratch((c.groups * p.D, c.width))
         if p.dtype != "float32":
-            self.key_tile = T.alloc_buffer((c.keys, p.D), "float32")
+            self.key_tile = scratch((c.keys, p.D))
             if self.wants_output:
-                self.value_tile = T.alloc_buffer((c.keys, p.D), "float32")
+                self.value_tile = scratch((c.keys, p.D))
         if p.pse in ("rows", "packed"):
-            self.bias_tile = T.alloc_buffer((c.keys, c.width), "float32")
+            self.bias_tile = scratch((c.keys, c.width))
         if p.mask:
-            self.cap_tile = T.alloc_buffer((c.keys, c.width), "float32")
+            self.cap_tile = scratch((c.keys, c.width))
         self._load_queries()
         self._clear()
         seen = self._interval(i0, i0 + self.rows - 1)
@@ -110,7 +113,7 @@ class Tile:
         with T.serial(-(-columns // L)) as strip:
             first = T.Bind(tir.min(strip * L, columns - L))
             with T.serial(c.vectors) as u:
-                block = T.alloc_buffer((L, L), "float32", scope="local")
+                block = scratch((L, L), scope="local")
                 for r in range(L):
                     with T.vectorized(L) as v:
                         T.buffer_store(block, source(u * L + r, first + v), [r, v])
@@ -138,13 +141,19 @@ class Tile:
     def _store(self) -> None:
         if self.wants_output:
             self._store_output()
-        empty = {"softmax_max": attention.EMPTY_ROW_MAX, "softmax_sum": attention.EMPTY_ROW_SUM}
-        for name, source in (("softmax_max", self.top), ("softmax_sum", self.sum)):
+        with T.serial(self.rows) as r:
+            self._store_records(r, self.top[r], self.sum[r])
+
+    def _store_records(self, r: Expr, top: Expr, total: Expr) -> None:
+        """softmax_max and softmax_sum of row i0 + r; a row without keys has a sum of 0 so far."""
+        values = {
+            "softmax_max": (top, attention.EMPTY_ROW_MAX),
+            "softmax_sum": (total, attention.EMPTY_ROW_SUM),
+        }
+        for name, (value, empty) in values.items():
             if name in self.buffers:
-                with T.serial(self.rows) as r:
-                    found = self.sum[r] > float32(0)
-                    value = T.Bind(tir.Select(found, source[r], float32(empty[name])))
-                    self._store_record(self.buffers[name], r, value)
+                record = tir.Select(total > float32(0), value, float32(empty))
+                self._store_record(self.buffers[name], r, T.Bind(record))
 
     def _store_record(self, buffer: tir.Buffer, r: Expr, value: Expr) -> None:
         p, at, i = self.problem, self.at, self.i0 + r
@@ -162,13 +171,16 @@ class Tile:
             for u in range(c.vectors):
                 with T.vectorized(c.lanes) as v:
                     total = T.Bind(self.sum[group * c.width + u * c.lanes + v])
-                    inverse = float32(1) / (total * float32(p.keep_prob))
-                    value = tir.Select(total > float32(0), inverse, float32(0))
-                    T.buffer_store(self.correction, value, [u * c.lanes + v])
+                    T.buffer_store(self.correction, self._inverse(total), [u * c.lanes + v])
             if c.lanes > p.D:
                 self._store_elements(group)
             else:
                 self._store_blocks(group)
+
+    def _inverse(self, total: Expr) -> Expr:
+        """1 / (sum * keep_prob); 0 for a row without keys."""
+        inverse = float32(1) / (total * float32(self.problem.keep_prob))
+        return tir.Select(total > float32(0), inverse, float32(0))
 
     def _store_elements(self, group: Expr) -> None:
         p, c = self.problem, self.config
@@ -181,7 +193,7 @@ class Tile:
         L = c.lanes
         with T.serial(-(-p.D // L)) as strip, T.serial(c.vectors) as u:
             first = T.Bind(tir.min(strip * L, p.D - L))
-            block = T.alloc_buffer((L, L), "float32", scope="local")
+            block = scratch((L, L), scope="local")
             for k in range(L):
                 with T.vectorized(L) as v:
                     r = u * L + v
@@ -267,24 +279,27 @@ class Tile:
 
         Returns whether any pair of the tile is dropped.
         """
-        p, c, at = self.problem, self.config, self.at
-        mask = self.buffers["atten_mask"]
-        lead = attention.broadcast_index(
-            len(mask.shape), p.one_batch("atten_mask"), p.one_head("atten_mask"), at.b, self.n
-        )
-        dropped = T.alloc_buffer((1,), "int32", scope="local")
+        c, at = self.config, self.at
+        dropped = scratch((1,), "int32", scope="local")
         T.buffer_store(dropped, tir.const(0, "int32"), [0])
         with T.serial(tir.min(c.width, self.rows - r0)) as r, T.serial(count) as j:
-            bit = mask[(*lead, self.i0 + r0 + r, j0 + j)].astype("int32")
+            bit = self._mask_bit(self.i0 + r0 + r, j0 + j)
             T.buffer_store(dropped, dropped[0] | bit, [0])
         with T.If(dropped[0] != 0), T.Then(), T.serial(c.width) as r, T.serial(count) as j:
-            i = tir.min(self.i0 + r0 + r, at.S1 - 1)
-            bit = mask[(*lead, i, j0 + j)].astype("int32")
+            bit = self._mask_bit(tir.min(self.i0 + r0 + r, at.S1 - 1), j0 + j)
             value = tir.Select(bit != 0, float32(float("-inf")), float32(float("inf")))
             T.buffer_store(self.cap_tile, value, [j, r])
         with T.If(dropped[0] == 0), T.Then(), T.serial(count) as j:
             self._fill(self.cap_tile, j, lambda r: float32(float("inf")))
         return T.Bind(dropped[0])
+
+    def _mask_bit(self, i: Expr, j: Expr) -> Expr:
+        """int32, not 0 where atten_mask drops the pair."""
+        p, mask = self.problem, self.buffers["atten_mask"]
+        lead = attention.broadcast_index(
+            len(mask.shape), p.one_batch("atten_mask"), p.one_head("atten_mask"), self.at.b, self.n
+        )
+        return mask[(*lead, i, j)].astype("int32")
 
     def _stage_bias(self, r0: Expr, j0: Expr, count: Expr) -> None:
         """bias_tile[j][r] = pse of the pair as float32."""
@@ -314,7 +329,7 @@ class Tile:
         with T.serial((count + (c.unroll - 1)) // c.unroll) as step:
             keys = [T.Bind(step * c.unroll + k) for k in range(c.unroll)]
             last = count - 1 if masked else None
-            acc = T.alloc_buffer((c.unroll, c.width), "float32", scope="local")
+            acc = scratch((c.unroll, c.width), scope="local")
             for k in range(c.unroll):
                 self._fill(acc, k, lambda r: float32(0))
             sources = [self._key_source(j0, key, last) for key in keys]
@@ -357,26 +372,27 @@ class Tile:
 
     def _common_bias(self, j: Expr, key: Expr) -> Expr | None:
         """What the bias of a key needs that is one value for all rows."""
-        p, at = self.problem, self.at
-        pse = self.buffers.get("pse")
-        if p.pse == "row":
-            lead = attention.broadcast_index(4, p.one_batch("pse"), False, at.b, self.n)
-            safe = tir.min(j, at.S2 - 1)
-            return T.Bind(to_float32(pse[(*lead, 0, safe)], self.unit))
-        if p.pse == "slopes":
-            return T.Bind(pse[(self.n,) if len(pse.shape) == 1 else (at.b, self.n)])
-        return None
+        if self.problem.pse == "row":
+            return T.Bind(self._bias_element(0, tir.min(j, self.at.S2 - 1)))
+        return self._slope()
+
+    def _slope(self) -> Expr | None:
+        if self.problem.pse != "slopes":
+            return None
+        pse = self.buffers["pse"]
+        return T.Bind(pse[(self.n,) if len(pse.shape) == 1 else (self.at.b, self.n)])
 
     def _bias(self, common: Expr | None, i: Expr, j: Expr, key: Expr, r: Expr) -> Expr | None:
         p = self.problem
         if p.pse in ("rows", "packed"):
             return self.bias_tile[key, r]
-        if p.pse == "slopes":
-            start = self.scalars["kv_start_idx"] - self.scalars["q_start_idx"]
-            if p.starts_fit_int32:
-                start = start.astype("int32")
-            return attention.generated_bias(p.pse_type, common, i, j, start)
-        return common
+        return self._generated(common, i, j) if p.pse == "slopes" else common
+
+    def _generated(self, slope: Expr, i: Expr, j: Expr) -> Expr:
+        start = self.scalars["kv_start_idx"] - self.scalars["q_start_idx"]
+        if self.problem.starts_fit_int32:
+            start = start.astype("int32")
+        return attention.generated_bias(self.problem.pse_type, slope, i, j, start)
 
     def _masked(self, x: Expr, i: Expr, j: Expr, key: Expr, r: Expr) -> Expr:
         p = self.problem
@@ -390,10 +406,10 @@ class Tile:
 
     def _weights(self, r0: Expr, j0: Expr, count: Expr) -> None:
         """scores become weights 2**((x - maximum) * log2 e); maximum, sum, correction follow."""
-        p, c = self.problem, self.config
+        c = self.config
         L = c.lanes
-        top = T.alloc_buffer((c.width,), "float32", scope="local")
-        total = T.alloc_buffer((c.width,), "float32", scope="local")
+        top = scratch((c.width,), scope="local")
+        total = scratch((c.width,), scope="local")
         for u in range(c.vectors):
             with T.vectorized(L) as v:
                 r = u * L + v
@@ -404,9 +420,7 @@ class Tile:
                 T.buffer_store(self.top, now, [r0 + r])
                 T.buffer_store(self.correction, exp2_nonpositive(step), [r])
                 T.buffer_store(total, float32(0), [r])
-        draws = None
-        if p.keep_prob < 1 and self.wants_output:
-            draws = T.alloc_buffer((2 * attention.PHILOX_ROUNDS, L), "uint64", scope="local")
+        draws = self._draws()
         with T.serial(count) as j:
             for u in range(c.vectors):
                 with T.vectorized(L) as v:
@@ -424,8 +438,15 @@ class Tile:
                 value = self.sum[r0 + r] * self.correction[r] + total[r]
                 T.buffer_store(self.sum, value, [r0 + r])
 
+    def _draws(self) -> tir.Buffer | None:
+        """Room for the products of the generator's rounds, where dropout matters."""
+        if self.problem.keep_prob == 1 or not self.wants_output:
+            return None
+        shape = (2 * attention.PHILOX_ROUNDS, self.config.lanes)
+        return scratch(shape, "uint64", scope="local")
+
     def _keep(self, draws: tir.Buffer, v: Expr, r: Expr, j: Expr) -> Expr:
-        """Dropout decision of lane v. ``draws`` holds the products of the generator's rounds."""
+        """Dropout decision of lane v, row i0 + r."""
         p = self.problem
         first = attention.pair_number(p.layout == "TND", p.N1, self.at, self.n, self.i0 + r)
         slots = iter(range(2 * attention.PHILOX_ROUNDS))
@@ -454,7 +475,7 @@ class Tile:
     ) -> None:
         p, c = self.problem, self.config
         L = c.lanes
-        acc = T.alloc_buffer((width, c.width), "float32", scope="local")
+        acc = scratch((width, c.width), scope="local")
         for k in range(width):
             row = group * p.D + first + k
             self._fill(acc, k, lambda r, row=row: self.output[row, r] * self.correction[r])

@@ -1,0 +1,572 @@
+"""SpeedFusionAttention, compiled, against its specification's numbers and the NumPy reference."""
+
+import resource
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+import opferry
+from opferry.frontend.builders import node_model
+from opferry.reference.compare import compare
+
+OP = "SpeedFusionAttention"
+F32, F16, BF16 = np.dtype("float32"), np.dtype("float16"), np.dtype(ml_dtypes.bfloat16)
+OUTPUTS = ("attention_out", "softmax_max", "softmax_sum", "softmax_out", "seed", "offset", "numels")
+CAUSAL = np.triu(np.ones((2048, 2048), np.uint8), 1)
+LOWEST, LARGEST = np.float32(-3.4028235e38), np.float32(3.4028235e38)
+
+
+def graph_name(output):
+    return f"{output}_out" if output in ("seed", "offset") else output
+
+
+def build(feeds, *, target="llvm", constant=(), symbolic=None, outputs=None, **attrs):
+    """Compile one node. A compressed mask is stored in the model."""
+    if "atten_mask" in feeds and feeds["atten_mask"] is CAUSAL:
+        constant = (*constant, "atten_mask")
+    model = node_model(OP, feeds, outputs, constant, symbolic, **attrs)
+    return opferry.compile(model, target)
+
+
+def run(module, feeds):
+    """Outputs in the schema's order, None where the node has none."""
+    wanted = {spec.name for spec in module.inputs}
+    found = module.run({name: x for name, x in feeds.items() if name in wanted})
+    return [found.get(graph_name(name)) for name in OUTPUTS]
+
+
+def judge(got, feeds, attrs):
+    for verdict in compare(OP, feeds, attrs, got):
+        assert verdict.ok, verdict
+
+
+def check(feeds, *, target="llvm", constant=(), symbolic=None, outputs=None, **attrs):
+    """Compile, run, compare every output with the reference."""
+    module = build(
+        feeds, target=target, constant=constant, symbolic=symbolic, outputs=outputs, **attrs
+    )
+    got = run(module, feeds)
+    judge(got, feeds, attrs)
+    return got
+
+
+def normal(*shape, dtype=F32, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def pack(x, layout):
+    """[B, N, S, D] to a layout."""
+    B, N, S, D = x.shape
+    if layout == "BNSD":
+        return x
+    if layout == "SBH":
+        return np.ascontiguousarray(x.transpose(2, 0, 1, 3)).reshape(S, B, N * D)
+    x = np.ascontiguousarray(x.transpose(0, 2, 1, 3))
+    return x.reshape(B, S, N * D) if layout == "BSH" else x
+
+
+def qkv(B=1, N1=2, N2=2, S1=17, S2=17, D=5, *, dtype=F32, layout="BNSD"):
+    shapes = {"query": (N1, S1), "key": (N2, S2), "value": (N2, S2)}
+    return {
+        name: pack(normal(B, n, s, D, dtype=dtype, seed=k), layout)
+        for k, (name, (n, s)) in enumerate(shapes.items())
+    }
+
+
+def tnd(lengths_q, lengths_kv, N1=2, N2=1, D=12, *, dtype=F32):
+    T1, T2 = sum(lengths_q), sum(lengths_kv)
+    return {
+        "query": normal(T1, N1, D, dtype=dtype, seed=1),
+        "key": normal(T2, N2, D, dtype=dtype, seed=2),
+        "value": normal(T2, N2, D, dtype=dtype, seed=3),
+        "actual_seq_qlen": np.cumsum(lengths_q),
+        "actual_seq_kvlen": np.cumsum(lengths_kv),
+    }
+
+
+def random_mask(*shape, dtype=bool, keep=0.6):
+    dropped = np.random.default_rng([7, *shape]).random(shape) > keep
+    return dropped.astype(dtype) * (np.uint8(4) if dtype is np.uint8 else True)
+
+
+# -- the specification's numbers ------------------------------------------------------------------
+
+EXAMPLE = {
+    "query": np.array([[[[1, 2], [0, 1], [2, -1]], [[1, 0], [1, 1], [-1, 2]]]], F32),
+    "key": np.array([[[[1, 0], [0, 2]]]], F32),
+    "value": np.array([[[[10, 1], [20, 3]]]], F32),
+    "pse": np.array([0.5, 0.25], F32),
+    "atten_mask": CAUSAL,
+}
+EXAMPLE_ATTRS = {
+    "head_num": 2,
+    "input_layout": "BNSD",
+    "scale": 0.5,
+    "sparse_mode": 3,
+    "pse_type": 2,
+    "q_start_idx": [1],
+}
+EXAMPLE_MAX = [[LOWEST, -1, -0.5], [LOWEST, 0, 1.5]]
+EXAMPLE_SUM = [[LARGEST, 1, 1.2231301], [LARGEST, 1, 1.0639279]]
+
+
+def test_worked_example():
+    out, top, total, empty, seed, offset, numels = run(build(EXAMPLE, **EXAMPLE_ATTRS), EXAMPLE)
+    head0, head1 = (
+        [[0, 0], [10, 1], [11.824255, 1.364851]],
+        [[0, 0], [10, 1], [19.399134, 2.879827]],
+    )
+    assert_allclose(out[0], [head0, head1], rtol=2e-6)
+    for repeat in range(8):
+        assert_allclose(top[0, :, :, repeat], EXAMPLE_MAX, rtol=1e-6)
+        assert_allclose(total[0, :, :, repeat], EXAMPLE_SUM, rtol=1e-6)
+    assert (empty.shape, empty.dtype) == ((0,), F32)
+    assert [x.dtype for x in (seed, offset, numels)] == [np.int64] * 3
+    assert (seed.shape, int(seed), int(offset), int(numels)) == ((), 0, 0, 12)
+
+
+def test_worked_example_with_dropout():
+    attrs = {**EXAMPLE_ATTRS, "keep_prob": 0.5, "seed": 3}
+    out, top, total, _, seed, _, numels = run(build(EXAMPLE, **attrs), EXAMPLE)
+    assert_allclose(out[0, 0], [[0, 0], [0, 0], [16.351490, 1.635149]], rtol=2e-6)
+    assert_allclose(out[0, 1], [[0, 0], [0, 0], [37.596535, 5.639480]], rtol=2e-6)
+    assert_allclose(top[0, :, :, 0], EXAMPLE_MAX, rtol=1e-6)
+    assert_allclose(total[0, :, :, 0], EXAMPLE_SUM, rtol=1e-6)
+    assert (int(seed), int(numels)) == (3, 12)
+
+
+def test_call_site_example():
+    feeds = dict.fromkeys(("query", "key", "value"), np.ones((2, 4, 64), F16))
+    out, top, total, *_, numels = run(build(feeds, head_num=4, input_layout="BSH"), feeds)
+    assert_array_equal(out, np.ones((2, 4, 64), F16))
+    assert_array_equal(top, np.full((2, 4, 4, 8), 16, F32))
+    assert_array_equal(total, np.full((2, 4, 4, 8), 4, F32))
+    assert int(numels) == 128
+
+
+def test_record_order_of_tnd():
+    """N1 = 2, lengths 2 and 1: (b, n, i) is (0,0,0) (0,0,1) (0,1,0) (0,1,1) (1,0,0) (1,1,0)."""
+    feeds = {
+        "query": np.arange(1, 7, dtype=F32).reshape(3, 2, 1),  # [token, head]
+        "key": np.ones((3, 1, 1), F32),
+        "value": np.ones((3, 1, 1), F32),
+    }
+    attrs = {
+        "head_num": 2,
+        "input_layout": "TND",
+        "actual_seq_qlen": [2, 3],
+        "actual_seq_kvlen": [2, 3],
+    }
+    top = run(build(feeds, **attrs), feeds)[1]
+    assert_array_equal(top.reshape(-1, 8)[:, 0], [1, 3, 2, 4, 5, 6])
+    top = run(build(feeds, **attrs, softmax_layout="TND"), feeds)[1]
+    assert_array_equal(top[:, :, 7], [[1, 2], [3, 4], [5, 6]])
+
+
+# -- layouts, types, sizes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["BSH", "SBH", "BNSD", "BSND"])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_layouts_and_types(layout, dtype):
+    feeds = qkv(B=2, N1=4, N2=2, S1=65, S2=131, D=40, dtype=dtype, layout=layout)
+    check(feeds, head_num=4, input_layout=layout, scale=0.2)
+
+
+@pytest.mark.parametrize("D", [1, 4, 5, 16, 17, 64, 100, 512])
+def test_head_sizes(D):
+    feeds = qkv(B=1, N1=2, N2=1, S1=17, S2=33, D=D)
+    check(feeds, head_num=2, input_layout="BNSD", scale=D**-0.5)
+
+
+@pytest.fixture(scope="module")
+def any_length():
+    """One module for every B, S1, S2."""
+    keys = {0: "B", 1: "S2"}
+    symbolic = {"query": {0: "B", 1: "S1"}, "key": keys, "value": keys}
+    feeds = qkv(N1=2, N2=1, D=20, layout="BSND", dtype=F16)
+    return build(feeds, symbolic=symbolic, head_num=2, input_layout="BSND", scale=0.3)
+
+
+@pytest.mark.parametrize("S1", [1, 3, 17, 65, 128])
+@pytest.mark.parametrize("S2", [1, 3, 65, 128, 257])
+def test_lengths_with_one_module(any_length, S1, S2):
+    feeds = qkv(B=S1 % 3 + 1, N1=2, N2=1, S1=S1, S2=S2, D=20, dtype=F16, layout="BSND")
+    judge(run(any_length, feeds), feeds, {"head_num": 2, "input_layout": "BSND", "scale": 0.3})
+
+
+@pytest.mark.parametrize("mcpu", ["x86-64", "haswell", "skylake-avx512", "znver5"])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_targets(mcpu, dtype):
+    feeds = qkv(B=1, N1=2, N2=1, S1=35, S2=50, D=21, dtype=dtype)
+    feeds["atten_mask"] = random_mask(35, 50)
+    check(
+        feeds,
+        target={"kind": "llvm", "mcpu": mcpu},
+        head_num=2,
+        input_layout="BNSD",
+        scale=0.25,
+    )
+
+
+@pytest.mark.parametrize("N2", [1, 8])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_decode(N2, dtype):
+    feeds = qkv(B=2, N1=8, N2=N2, S1=1, S2=515, D=64, dtype=dtype)
+    check(feeds, head_num=8, input_layout="BNSD", scale=0.125)
+
+
+def test_scores_beyond_float16():
+    feeds = qkv(D=16, dtype=F16)
+    feeds = {name: (x * 150 if name != "value" else x).astype(F16) for name, x in feeds.items()}
+    got = check(feeds, head_num=2, input_layout="BNSD")
+    assert np.abs(got[1]).max() > 65504
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_zero_and_negative_scale(scale):
+    feeds = qkv(S1=9, S2=70) | {"atten_mask": random_mask(9, 70)}
+    check(feeds, head_num=2, input_layout="BNSD", scale=scale)
+
+
+# -- masks ----------------------------------------------------------------------------------------
+
+B, N1, S1, S2 = 2, 4, 65, 70
+MASKS = {
+    "B N1 S1 S2": (B, N1, S1, S2),
+    "B 1 S1 S2": (B, 1, S1, S2),
+    "1 1 S1 S2": (1, 1, S1, S2),
+    "S1 S2": (S1, S2),
+}
+
+
+@pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("mode", [0, 1])
+def test_full_masks(shape, mode):
+    feeds = qkv(B, N1, 2, S1, S2, 24)
+    feeds["atten_mask"] = random_mask(*shape, dtype=np.uint8)
+    check(feeds, head_num=N1, input_layout="BNSD", scale=0.2, sparse_mode=mode)
+
+
+BANDS = {
+    "mode 0 causal": (0, 70, 0),
+    "mode 0 both": (0, 5, 3),
+    "mode 0 above": (0, -2, 7),
+    "mode 0 below": (0, 60, -40),
+    "mode 4 causal": (4, 100, 0),
+    "mode 4 both": (4, 9, 2),
+    "mode 4 below": (4, 40, -3),
+    "mode 4 far": (4, 2**63 - 1, 2**63 - 1),
+}
+
+
+@pytest.mark.parametrize(("mode", "pre", "next_"), BANDS.values(), ids=BANDS)
+def test_bands(mode, pre, next_):
+    feeds = qkv(1, 2, 2, S1, S2, 8)
+    feeds["atten_mask"] = CAUSAL if mode == 4 else random_mask(S1, S2, keep=0.9)
+    check(
+        feeds,
+        head_num=2,
+        input_layout="BNSD",
+        sparse_mode=mode,
+        pre_tokens=pre,
+        next_tokens=next_,
+    )
+
+
+@pytest.mark.parametrize("mode", [2, 3])
+@pytest.mark.parametrize(("S1", "S2"), [(3, 65), (65, 17), (131, 131), (150, 300)])
+def test_causal(mode, S1, S2):
+    """S1 > S2 in mode 3 has rows without a key."""
+    feeds = qkv(1, 2, 1, S1, S2, 16, layout="BSH") | {"atten_mask": CAUSAL}
+    got = check(feeds, head_num=2, input_layout="BSH", sparse_mode=mode)
+    if mode == 3 and S1 > S2:
+        assert_array_equal(got[0][:, : S1 - S2], 0)
+        assert_array_equal(got[1][:, :, : S1 - S2], LOWEST)
+        assert_array_equal(got[2][:, :, : S1 - S2], LARGEST)
+
+
+@pytest.mark.parametrize(("mode", "tokens"), [(2, {}), (3, {}), (4, {"pre_tokens": 70})])
+def test_compressed_masks_beyond_their_size(mode, tokens):
+    tokens = {**tokens, "next_tokens": 3} if mode == 4 else {}
+    feeds = qkv(1, 1, 1, 2100, 2117, 4) | {"atten_mask": CAUSAL}
+    check(feeds, head_num=1, input_layout="BNSD", sparse_mode=mode, **tokens)
+
+
+@pytest.mark.parametrize("shape", [(B, N1, S1, S2), (B, 1, S1, S2)])
+@pytest.mark.parametrize("form", ["attribute", "input", "int32 input"])
+def test_prefix(shape, form):
+    feeds = qkv(B, N1, 2, S1, S2, 8)
+    feeds["atten_mask"] = random_mask(*shape, keep=0.9)
+    prefix, attrs = np.array([5, 70]), {}
+    if form == "attribute":
+        attrs["prefix"] = prefix.tolist()
+    else:
+        feeds["prefix"] = prefix.astype(np.int32 if form == "int32 input" else np.int64)
+    check(feeds, head_num=N1, input_layout="BNSD", sparse_mode=5, **attrs)
+
+
+def test_everything_masked_gives_zeros():
+    feeds = qkv(S1=33, S2=40) | {"atten_mask": np.ones((33, 40), bool)}
+    out, top, total, *_ = run(build(feeds, head_num=2, input_layout="BNSD"), feeds)
+    assert_array_equal(out, 0)
+    assert_array_equal(top, LOWEST)
+    assert_array_equal(total, LARGEST)
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3, 4])
+def test_modes_without_a_mask_warn_and_mask_nothing(mode):
+    feeds = qkv(S1=3, S2=4)
+    with pytest.warns(UserWarning, match=rf"sparse_mode {mode} \(.*without atten_mask"):
+        check(feeds, head_num=2, input_layout="BNSD", sparse_mode=mode, pre_tokens=-9)
+
+
+# -- bias -----------------------------------------------------------------------------------------
+
+PSE = {
+    "B N1 S1 S2": (B, N1, S1, S2),
+    "1 N1 S1 S2": (1, N1, S1, S2),
+    "B N1 1 S2": (B, N1, 1, S2),
+    "1 N1 1 S2": (1, N1, 1, S2),
+}
+
+
+@pytest.mark.parametrize("shape", PSE.values(), ids=PSE)
+@pytest.mark.parametrize(("pse_type", "dtype"), [(0, F32), (1, BF16)])
+def test_bias(shape, pse_type, dtype):
+    feeds = qkv(B, N1, 2, S1, S2, 24, dtype=dtype)
+    feeds["pse"] = normal(*shape, dtype=dtype)
+    check(feeds, head_num=N1, input_layout="BNSD", scale=0.2, pse_type=pse_type)
+
+
+@pytest.mark.parametrize("shape", [(B, N1), (N1,)])
+@pytest.mark.parametrize("pse_type", [2, 3])
+@pytest.mark.parametrize("form", ["attribute", "input"])
+def test_slopes(shape, pse_type, form):
+    feeds = qkv(B, N1, 2, S1, S2, 8, dtype=F16) | {"pse": normal(*shape) / 4}
+    starts, attrs = {"q_start_idx": [30], "kv_start_idx": [11]}, {}
+    if form == "attribute":
+        attrs = starts
+    else:
+        feeds |= {name: np.array(x) for name, x in starts.items()}
+    check(feeds, head_num=N1, input_layout="BNSD", scale=0.3, pse_type=pse_type, **attrs)
+
+
+def test_minus_infinity_in_the_bias_masks():
+    feeds = qkv(S1=9, S2=40)
+    dropped = random_mask(1, 2, 9, 40)
+    dropped[0, 0, 4] = True
+    feeds["pse"] = np.where(dropped, -np.inf, normal(1, 2, 9, 40)).astype(F32)
+    got = check(feeds, head_num=2, input_layout="BNSD", pse_type=0)
+    assert_array_equal(got[0][0, 0, 4], 0)
+
+
+PACKED = {"mode 2": (2, {}), "mode 3": (3, {}), "mode 0": (0, {"next_tokens": 0})}
+
+
+@pytest.mark.parametrize(("mode", "tokens"), PACKED.values(), ids=PACKED)
+def test_packed_bias(mode, tokens):
+    """Any content: the formulas decide, also where they leave the array."""
+    S = 1100
+    feeds = qkv(1, 2, 1, S, S, 4) | {"pse": normal(1, 2, 1024, S)}
+    feeds["atten_mask"] = CAUSAL if mode else random_mask(S, S)
+    check(feeds, head_num=2, input_layout="BNSD", sparse_mode=mode, scale=0.5, **tokens)
+
+
+def test_bias_of_1024_rows_is_plain_at_that_length():
+    feeds = qkv(1, 1, 1, 1024, 40, 4) | {"pse": normal(1, 1, 1024, 40)}
+    check(feeds, head_num=1, input_layout="BNSD", scale=0.5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packed_bias_of_packed_sequences(batch):
+    feeds = tnd([1030, 7], [1030, 7], D=4)
+    feeds |= {"pse": normal(batch, 2, 1024, 1030), "atten_mask": CAUSAL}
+    check(feeds, head_num=2, input_layout="TND", sparse_mode=2, scale=0.5)
+
+
+# -- packed sequences -----------------------------------------------------------------------------
+
+LENGTHS = {
+    "one": ([65], [70]),
+    "ragged": ([1, 65, 3, 130], [70, 2, 3, 300]),
+    "empty in the middle": ([2, 0, 3], [2, 0, 3]),
+    "leading zero": ([0, 5], [0, 6]),
+    "keys without queries": ([4, 0], [3, 20]),
+    "only the last": ([0, 0, 17], [0, 0, 17]),
+}
+
+
+@pytest.mark.parametrize(("queries", "keys"), LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_packed_sequences(queries, keys, dtype):
+    feeds = tnd(queries, keys, dtype=dtype)
+    check(feeds, head_num=2, input_layout="TND", scale=0.3)
+
+
+@pytest.mark.parametrize("mode", [2, 3])
+def test_causal_packed_sequences(mode):
+    feeds = tnd([65, 3, 10], [65, 5, 70] if mode == 3 else [20, 5, 70]) | {"atten_mask": CAUSAL}
+    check(feeds, head_num=2, input_layout="TND", sparse_mode=mode)
+
+
+@pytest.mark.parametrize("softmax_layout", ["", "TND"])
+def test_packed_sequences_with_everything(softmax_layout):
+    feeds = tnd([35, 0, 6], [35, 0, 6], N1=4, N2=2) | {"atten_mask": CAUSAL}
+    feeds |= {"pse": normal(3, 4) / 4, "seed": np.array([5]), "offset": np.array(-3)}
+    check(
+        feeds,
+        head_num=4,
+        input_layout="TND",
+        sparse_mode=3,
+        pse_type=3,
+        keep_prob=0.75,
+        softmax_layout=softmax_layout,
+    )
+
+
+def test_one_module_for_all_packings():
+    symbolic = {"query": {0: "T1"}, "key": {0: "T2"}, "value": {0: "T2"}}
+    symbolic |= {"actual_seq_qlen": {0: "B"}, "actual_seq_kvlen": {0: "B"}}
+    attrs = {"head_num": 2, "input_layout": "TND", "scale": 0.3}
+    module = build(tnd([3], [3]), symbolic=symbolic, **attrs)
+    for queries, keys in LENGTHS.values():
+        feeds = tnd(queries, keys)
+        judge(run(module, feeds), feeds, attrs)
+
+
+def test_lists_as_attributes():
+    feeds = tnd([2, 3], [4, 5])
+    lists = {name: feeds.pop(name).tolist() for name in ("actual_seq_qlen", "actual_seq_kvlen")}
+    check(feeds, head_num=2, input_layout="TND", **lists)
+
+
+# -- dropout, outputs, symbols --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 2**40 + 3, -1])
+@pytest.mark.parametrize("form", ["attribute", "input"])
+def test_dropout(seed, form):
+    feeds, attrs = qkv(2, 2, 1, 33, 67, 8), {"keep_prob": 0.7}
+    if form == "attribute":
+        attrs |= {"seed": seed, "offset": -seed}
+    else:
+        feeds |= {"seed": np.array(seed), "offset": np.array([-seed])}
+    check(feeds, head_num=2, input_layout="BNSD", scale=0.3, **attrs)
+
+
+def test_dropout_of_everything():
+    feeds = qkv()
+    got = check(feeds, head_num=2, input_layout="BNSD", keep_prob=1e-11)
+    assert_array_equal(got[0], 0)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [[name] for name in OUTPUTS] + [["softmax_max", "numels"], ["attention_out", "softmax_sum"]],
+    ids=" ".join,
+)
+def test_outputs_left_out(outputs):
+    feeds = qkv(dtype=F16) | {"seed": np.array([3], np.int32)}
+    got = check(feeds, outputs=outputs, head_num=2, input_layout="BNSD", keep_prob=0.5)
+    assert {n for n, x in zip(OUTPUTS, got) if x is not None} == set(outputs)
+
+
+def test_symbolic_masks_bias_and_prefix():
+    symbolic = {
+        "query": [None, None, "S1", None],
+        "key": [None, None, "S2", None],
+        "value": [None, None, "S2", None],
+        "pse": [None, None, "S1", "S2"],
+        "atten_mask": [None, None, "S1", "S2"],
+    }
+    attrs = {"head_num": 2, "input_layout": "BNSD", "sparse_mode": 5}
+
+    def feeds(S1, S2, prefix):
+        mask, bias = random_mask(1, 1, S1, S2, keep=0.9), normal(1, 2, S1, S2)
+        extra = {"pse": bias, "atten_mask": mask, "prefix": np.array([prefix])}
+        return qkv(1, 2, 2, S1, S2, 8) | extra
+
+    module = build(feeds(3, 4, 2), symbolic=symbolic, **attrs)
+    for sizes in ((3, 4, 2), (65, 17, 0), (40, 131, 131)):
+        judge(run(module, feeds(*sizes)), feeds(*sizes), attrs)
+
+
+# -- structure ------------------------------------------------------------------------------------
+
+PEAK = """
+import resource, sys
+import numpy as np, opferry
+from opferry.frontend.builders import node_model
+S = int(sys.argv[1])
+x = np.ones((1, 2, S, 16), np.float32)
+attrs = dict(head_num=2, input_layout="BNSD", outputs=["attention_out"])
+symbolic = dict.fromkeys(("query", "key", "value"), {2: "S"})
+feeds = dict.fromkeys(("query", "key", "value"), x)
+module = opferry.compile(node_model("SpeedFusionAttention", feeds, symbolic=symbolic, **attrs))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+module.run(feeds)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_is_linear_in_the_length():
+    """8192 x 8192 float32 scores of a head would be 256 MiB; inputs and output are 4 MiB."""
+    assert resource.RUSAGE_SELF == 0
+    found = subprocess.run(
+        [sys.executable, "-c", PEAK, "8192"], capture_output=True, text=True, check=True
+    )
+    assert int(found.stdout) < 32 * 1024  # KiB
+
+
+# -- fuzz -----------------------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw):
+    B, N2, G = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    S1, S2 = draw(st.integers(1, 90)), draw(st.integers(1, 160))
+    N1, D = N2 * G, draw(st.integers(1, 40))
+    dtype = draw(st.sampled_from([F32, F16, BF16]))
+    layout = draw(st.sampled_from(["BSH", "SBH", "BNSD", "BSND"]))
+    mode = draw(st.sampled_from([0, 1, 2, 3, 5]))
+    feeds = qkv(B, N1, N2, S1, S2, D, dtype=dtype, layout=layout)
+    attrs = {"head_num": N1, "input_layout": layout, "sparse_mode": mode, "scale": D**-0.5}
+    if mode in (2, 3):
+        feeds["atten_mask"] = CAUSAL
+    elif mode == 5:
+        feeds["atten_mask"] = random_mask(B, draw(st.sampled_from([1, N1])), S1, S2)
+        low = max(0, S2 - S1)
+        attrs["prefix"] = draw(st.lists(st.integers(low, S2), min_size=B, max_size=B))
+    elif mode == 1 or draw(st.booleans()):
+        feeds["atten_mask"] = random_mask(S1, S2, keep=draw(st.sampled_from([0.1, 0.9])))
+        attrs |= {"pre_tokens": draw(st.integers(0, 99)), "next_tokens": draw(st.integers(0, 99))}
+    attrs["pse_type"] = draw(st.integers(0, 3))
+    if attrs["pse_type"] in (2, 3):
+        feeds["pse"] = np.abs(normal(B, N1)) / 8
+    elif draw(st.booleans()):
+        rows = draw(st.sampled_from([1, S1]))
+        feeds["pse"] = normal(draw(st.sampled_from([1, B])), N1, rows, S2, dtype=dtype)
+    attrs["keep_prob"] = draw(st.sampled_from([1.0, 0.8]))
+    return feeds, attrs
+
+
+@hypothesis.given(problems())
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+def test_fuzz(problem):
+    feeds, attrs = problem
+    check(feeds, **attrs)
+
+
+@pytest.mark.slow
+@hypothesis.given(problems())
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+def test_fuzz_longer(problem):
+    feeds, attrs = problem
+    check(feeds, **attrs)
