@@ -38,8 +38,8 @@ ORDERS = {
 }
 
 _ONE_ELEMENT = ("scale_input", "scale_bias", "scale_qkv_gemm", "scale_global_gemm", "scale_output")
-GEMM_SCALES = ("scale_qkv_gemm", "scale_global_gemm", "scale_output")
 _PER_COLUMN = ("scale_weight", "scale_global_weight")
+_OF_ATTENTION = ("scale_qkv_gemm", "scale_global_gemm", "scale_output")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def lower(bb: relax.BlockBuilder, node: Node) -> list[relax.Expr]:
             positions,
             rank,
             offsets,
-            *(_reshape(bb, node.inputs[name], (1,)) for name in GEMM_SCALES),
+            *(_reshape(bb, node.inputs[name], (1,)) for name in _OF_ATTENTION),
         ],
         (problem.stored_shape, "int8"),
     )
