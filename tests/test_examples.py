@@ -4,6 +4,7 @@ with status 1.
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,3 +92,11 @@ judge("QOrderedMatMul", feeds, {{"order_A": 1, "order_B": 0, "order_Y": 1}}, [a 
     assert done.returncode == 1
     assert "right passes" in done.stdout
     assert "DIFFERS" in done.stdout
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (EXAMPLES.parent / "README.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "build" / "linear" / "manifest.json").is_file()

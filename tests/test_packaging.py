@@ -63,12 +63,8 @@ def run_python(code: str, **options) -> str:
 
 @checkout
 def test_packages_are_the_folders_that_hold_an_init_file():
-    folders = [
-        path.parent.relative_to(ROOT) for path in tracked_files() if path.name == "__init__.py"
-    ]
-    assert sorted(listed_packages()) == sorted(
-        ".".join(["opferry", *folder.parts]) for folder in folders
-    )
+    folders = [Path(m).parent for m in modules() if Path(m).name == "__init__.py"]
+    assert sorted(listed_packages()) == sorted(".".join(folder.parts) for folder in folders)
 
 
 @checkout
