@@ -183,20 +183,14 @@ def _nsa_rows(p: Nsa, rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _encoder(p: Encoder, got, slack: float) -> None:
-    want = _embeddings(p)
-    got = np.asarray(got, np.float64)
+    from .encoder import embeddings
+
+    want, got = embeddings(p), np.asarray(got, np.float64)
     if got.shape != want.shape:
         raise Mismatch(f"found shape {got.shape}, expected {want.shape}")
     cosine = (got * want).sum(axis=-1) / np.linalg.norm(got, axis=-1)
     if not cosine.min() >= (_COSINE if slack == 1 else _PEER_COSINE):
         raise Mismatch(f"cosine to the float32 model is {cosine.min():.4f}")
-
-
-@functools.lru_cache(maxsize=2)
-def _embeddings(p: Encoder) -> np.ndarray:
-    from .encoder import embed
-
-    return embed(p)
 
 
 _CHECKS = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import logging
 import math
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from .inputs import inputs
 from .shapes import Encoder
@@ -28,31 +30,31 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _CALIBRATION_BATCHES = 8
 
 
-def _example():
-    """The modules files, original and quantised of the example."""
+def _example(name: str):
+    """The module `name` of the example."""
     if _EXAMPLES not in sys.path:
         sys.path.append(_EXAMPLES)
-    from minilm import files, original, quantised
-
-    return files, original, quantised
+    return importlib.import_module(f"minilm.{name}")
 
 
 @functools.cache
 def _published() -> tuple[dict[str, np.ndarray], dict]:
-    files, _, _ = _example()
+    files = _example("files")
     return files.weights(), files.config()
 
 
-def embed(p: Encoder) -> np.ndarray:
-    """Embeddings [B, H] of the float32 model, in NumPy."""
-    _, original, _ = _example()
-    return original.embed(*_published(), vars(inputs(p))).astype(np.float64)
+@functools.lru_cache(maxsize=2)
+def embeddings(p: Encoder) -> np.ndarray:
+    """Of the float32 graph in NumPy, [B, H]."""
+    return ReferenceEvaluator(float_model(p)).run(None, vars(inputs(p)))[0].astype(np.float64)
 
 
+@functools.cache
 def quantised_model() -> onnx.ModelProto:
     """Ours; B and S are symbols."""
-    _, _, quantised = _example()
-    return quantised.build(*_published())
+    weights, config = _published()
+    largest = _example("calibration").largest_inputs(weights, config)
+    return _example("quantised").build(weights, config, largest)
 
 
 def float_model(p: Encoder, int8_weights: bool = False) -> onnx.ModelProto:

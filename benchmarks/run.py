@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import THREADS, timing
+from . import THREADS, timing, use_threads
 from .candidate import Candidate
 from .limits import Limit, Unavailable
 from .shapes import GROUPS, Case, select
@@ -46,10 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
         print("no case matches", file=sys.stderr)
         return 2
     warnings.filterwarnings("ignore")
+    use_threads()
     keep_freed_memory()
     plan = _QUICK if options.quick else Plan()
     if options.seconds:
         plan = Plan(seconds=options.seconds)
+    if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"machine": machine(), "cases": []}
     gauge = timing.Gauge()
     for case in cases:
