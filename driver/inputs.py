@@ -81,18 +81,13 @@ def _sizes(inputs: Sequence[Tensor], checks: Sequence[Check], rng: Rng) -> dict[
     """A size for each symbolic dimension under which all checks on dimensions hold."""
     symbols = list(dict.fromkeys(d for i in inputs for d in i.shape if isinstance(d, str)))
     conditions = [check for check in checks if not check.rule]
-    related: dict[str, set[int]] = {name: set() for name in symbols}
-    for check in conditions:
-        names, numbers = _terms(check.expr)
-        for name in names & related.keys():
-            related[name] |= {factor * n for n in numbers if 1 < n < 5000 for factor in (1, 2, 3)}
+    numbers = set().union(*(_numbers(check.expr) for check in conditions))
+    related = sorted({factor * n for n in numbers if 1 < n < 5000 for factor in (1, 2, 3)})
     for largest in (64, 5000):  # small ones if they do
-        choices = {
-            name: [*SMALL_SIZES, *sorted(size for size in sizes if size <= largest)]
-            for name, sizes in related.items()
-        }
+        choices = [*SMALL_SIZES, *(size for size in related if size <= largest)]
         for _ in range(SIZE_DRAWS):
-            sizes = {name: int(rng.choice(options)) for name, options in choices.items()}
+            drawn = rng.integers(len(choices), size=len(symbols))
+            sizes = {name: choices[index] for name, index in zip(symbols, drawn)}
             if all(evaluate(check.expr, sizes) for check in conditions):
                 return sizes
     raise InvalidInputError(
@@ -101,14 +96,11 @@ def _sizes(inputs: Sequence[Tensor], checks: Sequence[Check], rng: Rng) -> dict[
     )
 
 
-def _terms(expr: object) -> tuple[set[str], set[int]]:
-    """Dimension names and numbers in an encoded condition."""
-    if isinstance(expr, list) and expr[:1] == ["dim"]:
-        return {expr[1]}, set()
+def _numbers(expr: object) -> set[int]:
+    """The whole numbers in an encoded condition."""
     if isinstance(expr, list):
-        parts = [_terms(part) for part in expr[1:]]
-        return set().union(*(p[0] for p in parts)), set().union(*(p[1] for p in parts))
-    return set(), {expr} if isinstance(expr, int) else set()
+        return set().union(*(_numbers(part) for part in expr[1:]))
+    return {expr} if isinstance(expr, int) else set()
 
 
 def _arrays(
