@@ -38,14 +38,18 @@ def compile(
 ) -> Module:
     """Compile an ONNX model for ``target``.
 
-    Args: model: a path (external data beside it) or a ModelProto. target: ``"llvm"`` (this host), a
-    short name of ``driver.target.TARGETS``, or a TVM target. shapes: sizes of symbolic dimensions,
-    by dimension name or by input; the rest stay symbolic. threads: how many a call uses; default
-    ``OPFERRY_NUM_THREADS`` or the cores this process may use. dump_ir: a folder that receives the
-    module after each phase, as TVMScript. progress: called with the name of each step.
+    Args:
+        model: a path (external data beside it) or a ModelProto.
+        target: ``"llvm"`` (this host), a short name of ``driver.target.TARGETS``, or a TVM target.
+        shapes: sizes of symbolic dimensions, by dimension name or by input; the rest stay symbolic.
+        threads: how many a call uses; default ``OPFERRY_NUM_THREADS`` or the cores this process
+            may use.
+        dump_ir: a folder that receives the module after each phase, as TVMScript.
+        progress: called with the name of each step.
 
-    Raises: OpferryError: the model, a node of it, the target or the shapes are not valid or not
-    supported.
+    Raises:
+        OpferryError: the model, a node of it, the target or the shapes are not valid or not
+            supported.
     """
     resolved = targets.resolve(target)
     progress("load")

@@ -25,7 +25,13 @@ from tvm.tirx import IterVar
 from tvm_ffi import get_global_func, structural_walk
 
 from ..runtime import checks
-from ..runtime.errors import InvalidNodeError, message
+from ..runtime.errors import (
+    InvalidInputError,
+    InvalidInputTypeError,
+    InvalidNodeError,
+    InvalidTypeError,
+    message,
+)
 
 Dim = int | Expr
 
@@ -150,7 +156,12 @@ class Node:
         known |= {name: np.asarray(self.attrs[name]) for name in tensors if name in self.attrs}
         fixed = {k: v for k, v in params.items() if not isinstance(v, Expr)}
         fixed |= dict.fromkeys(params.keys() - fixed.keys())
-        checks.RULES[rule](self.label, **{name: known.get(name) for name in tensors}, **fixed)
+        try:
+            checks.RULES[rule](self.label, **{name: known.get(name) for name in tensors}, **fixed)
+        except InvalidInputTypeError as error:
+            raise InvalidTypeError(str(error)) from error
+        except InvalidInputError as error:  # the same rule, but of a constant of the model
+            raise InvalidNodeError(str(error)) from error
         late = {
             name: self.graph_inputs[name]
             for name in tensors
