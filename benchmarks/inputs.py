@@ -46,10 +46,19 @@ def _matmul(p: Matmul, rng: np.random.Generator) -> SimpleNamespace:
         scale=scale,
         token=rng.uniform(0.5, 1.5, p.M).astype(np.float32) if p.per_token else None,
         int_bias=np.rint(bias / scale).astype(np.int32) if whole else None,
-        float_bias=None if whole or p.out == "int32" else bias.astype(np.float32),
+        # Tiled orders have none.
+        float_bias=None if whole or p.out == "int32" or p.tiled else bias.astype(np.float32),
         C=_int8(rng, p.M, p.N) if p.residual else None,
         beta=np.float32(0.25),
     )
+
+
+def output_bias(p: Matmul, seed: int = 0) -> np.ndarray:
+    """The bias float32 [N] in units of the output, wherever the operator adds it."""
+    a = inputs(p, seed)
+    if a.int_bias is not None:
+        return (a.int_bias * a.scale).astype(np.float32)
+    return np.zeros(p.N, np.float32) if a.float_bias is None else a.float_bias
 
 
 def _attention(p: Attention, rng: np.random.Generator) -> SimpleNamespace:

@@ -96,10 +96,9 @@ def _qordered_matmul(p: Matmul, a):
         "C": a.C,
         "scale_C": a.beta if p.residual else None,
     }
-    constant = ["scale_A", "B", "scale_B", "scale_Y", "bias"] + ["scale_C"] * p.residual
-    model = opferry.node_model(
-        p.op, feeds, initializers=constant, **dict(zip(("order_A", "order_B", "order_Y"), orders))
-    )
+    constant = ["scale_A", "B", "scale_B", "scale_Y", "bias", "scale_C"]
+    constant = [name for name in constant if feeds[name] is not None]
+    model = opferry.node_model(p.op, feeds, initializers=constant, **orders)
 
     def finish(out):
         Y = out["Y"]

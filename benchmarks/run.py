@@ -74,7 +74,8 @@ def measure(
     limits, missing = _limits(case)
     timed = {name: timing.stopwatch(c.call) for name, c in candidates.items()}
     timed |= {LIMIT + kind: limit for kind, limit in limits.items()}
-    series = timing.interleave(timed, plan, gauge) if candidates else {}
+    # Without ours there is nothing to compare.
+    series = timing.interleave(timed, plan, gauge) if OURS in candidates else {}
     record = evaluate(case, series, {kind: limit.work for kind, limit in limits.items()})
     record["left_out"] = left_out | missing
     record["took_s"] = round(time.perf_counter() - start, 1)
@@ -102,6 +103,8 @@ def _candidates(case: Case, peers: bool) -> tuple[dict[str, Candidate], dict[str
             left_out[label] = f"{type(error).__name__}: {text[:200]}"
 
     add(lambda: ours.build(case.problem), OURS, case.problem, 1.0)
+    if not found:
+        return found, left_out
     if case.neighbour is not None:
         add(lambda: ours.build(case.neighbour)[:1], NEIGHBOUR, case.neighbour, 1.0, NEIGHBOUR)
     elif peers:

@@ -22,6 +22,8 @@ Builders = dict[str, Callable[[], Candidate]]
 def candidates(problem: Problem) -> tuple[Builders, dict[str, str]]:
     """Builders by name, and why a library has none."""
     builders, missing = {}, {}
+    if isinstance(problem, Matmul) and problem.target != "llvm":
+        return builders, missing  # no library can be told to do without instructions it finds
     for library in LIBRARIES:
         try:
             peer = importlib.import_module(f".{library}", __package__)

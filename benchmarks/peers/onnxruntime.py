@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from .. import THREADS
 from ..candidate import Candidate
-from ..inputs import DTYPES, inputs
+from ..inputs import DTYPES, inputs, kept, output_bias
 from ..shapes import Attention, Encoder, Matmul, Problem
 
 MICROSOFT = "com.microsoft"
@@ -19,7 +19,8 @@ MICROSOFT = "com.microsoft"
 
 def candidates(problem: Problem, seed: int = 0) -> dict:
     if isinstance(problem, Matmul):
-        builders = _matmul(problem, seed)
+        # Adding an int8 matrix takes a second operator, which would round twice.
+        builders = {} if problem.residual else _matmul(problem, seed)
     elif isinstance(problem, Attention):
         builders = _attention(problem)
     elif isinstance(problem, Encoder):
@@ -51,21 +52,10 @@ def _matmul(p: Matmul, seed: int) -> dict:
     if p.out == "int8":
         constants |= {"zero_w": np.zeros(p.N, np.int8)}
         output = ("y", np.dtype(np.uint8), (p.M, p.N))
-        finish = _shifted_back
-        bias = a.float_bias / a.scale if a.int_bias is None else a.int_bias
-        constants["int_bias"] = np.rint(bias).astype(np.int32)
+        constants["int_bias"] = np.rint(output_bias(p, seed) / a.scale).astype(np.int32)
         gemm = "x one zero w scale zero_w int_bias one zero"
         nodes = [_node("QGemm", gemm, domain=MICROSOFT)]
-        found = {"QGemm": partial(_bound, nodes, feeds, constants, output, finish)}
-        if p.residual:  # neither adds an int8 matrix in one go
-            nodes = [
-                _node("QGemm", gemm, "product", domain=MICROSOFT),
-                _node("QLinearAdd", "product one zero c beta zero one zero", domain=MICROSOFT),
-            ]
-            constants |= {"beta": a.beta}
-            feeds = feeds | {"c": (a.C.astype(np.int16) + _ZERO).astype(np.uint8)}
-            return {"QGemm + QLinearAdd": partial(_bound, nodes, feeds, constants, output, finish)}
-        return found
+        return {"QGemm": partial(_bound, nodes, feeds, constants, output, _shifted_back)}
     constants["bias"] = a.float_bias
     if not p.per_token:
         return {}
@@ -106,8 +96,6 @@ def _additive(p: Attention) -> np.ndarray | None:
     if p.mask == "pse":
         return a.pse
     if p.mask in ("bool", "band"):
-        from ..inputs import kept
-
         keep = kept(p, np.arange(p.S1))[None, None]
         return np.where(keep, 0, -1e30).astype(DTYPES[p.dtype])
     return None

@@ -10,7 +10,7 @@ from openvino import opset13 as ops
 
 from .. import THREADS
 from ..candidate import Candidate
-from ..inputs import inputs, kept
+from ..inputs import inputs, kept, output_bias
 from ..shapes import Attention, Encoder, Matmul, Problem
 
 
@@ -41,13 +41,12 @@ def _named(name: str, builder) -> Candidate:
 def _matmul(p: Matmul, seed: int) -> Candidate:
     """Signed activations, int8 result: the graph that its quantiser makes of a layer with bias."""
     a = inputs(p, seed)
-    bias = a.float_bias if a.int_bias is None else a.int_bias * a.scale
     x = ops.parameter([p.M, p.K], np.int8)
     weight = ops.multiply(
         ops.convert(ops.constant(a.W), "f32"), ops.constant(a.scale.reshape(p.N, 1))
     )
     y = ops.matmul(ops.convert(x, "f32"), weight, False, True)
-    y = ops.add(y, ops.constant(bias.astype(np.float32).reshape(1, p.N)))
+    y = ops.add(y, ops.constant(output_bias(p, seed).reshape(1, p.N)))
     low, high = np.float32(-128), np.float32(127)
     y = ops.fake_quantize(y, low, high, low, high, 256)
     return _compiled(ops.convert(y, "i8"), [x], [a.A])

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from .. import THREADS
 from ..candidate import Candidate
-from ..inputs import inputs, kept
+from ..inputs import inputs, kept, output_bias
 from ..shapes import Attention, Longformer, Matmul, Nsa, Problem
 
 torch.set_num_threads(THREADS)
@@ -110,8 +110,7 @@ def _onednn_linear(p: Matmul, seed: int):
     zeros = torch.zeros(p.N, dtype=torch.int32)
     linear = partial(torch.ops.onednn.qlinear_pointwise, x, 1.0, _ZERO, weight, scale, zeros)
     if p.out == "int8":
-        bias = a.float_bias if a.int_bias is None else a.int_bias * a.scale
-        bias = tensor(bias.astype(np.float32))
+        bias = tensor(output_bias(p, seed))
         return (
             lambda: linear(bias, 1.0, _ZERO, torch.uint8, "none", [], ""),
             lambda y: y.numpy().astype(np.int16) - _ZERO,
@@ -127,7 +126,6 @@ def _onednn_linear(p: Matmul, seed: int):
 
 def _quantized_linear(p: Matmul, seed: int, engine: str):
     a = inputs(p, seed)
-    bias = a.float_bias if a.int_bias is None else a.int_bias * a.scale
     x = torch._make_per_tensor_quantized_tensor(_unsigned(a.A), 1.0, _ZERO)
     weight = torch._make_per_channel_quantized_tensor(
         tensor(a.W), tensor(a.scale.astype(np.float64)), torch.zeros(p.N, dtype=torch.long), 0
@@ -135,7 +133,7 @@ def _quantized_linear(p: Matmul, seed: int, engine: str):
     chosen = torch.backends.quantized.engine
     torch.backends.quantized.engine = engine
     try:
-        packed = torch.ops.quantized.linear_prepack(weight, tensor(bias.astype(np.float32)))
+        packed = torch.ops.quantized.linear_prepack(weight, tensor(output_bias(p, seed)))
     finally:
         torch.backends.quantized.engine = chosen
     return (
