@@ -188,10 +188,10 @@ def keep(e: Expr, seed: Expr, offset: Expr, threshold: int, bind: Bind) -> Expr:
 
     e, seed, offset: int64. The key is the seed, the counter (e // 4, offset), the word e % 4.
     """
-    e = _as("uint64", e)
+    e = _uint64(e)
     words = philox4x32(
-        (*_halves(e >> _uint(2, "uint64")), *_halves(_as("uint64", offset))),
-        _halves(_as("uint64", seed)),
+        (*_halves(e >> _uint(2, "uint64")), *_halves(_uint64(offset))),
+        _halves(_uint64(seed)),
         bind,
     )
     which = _low(e) & _uint(3)
@@ -237,8 +237,14 @@ def _uint(value: int, dtype: str = "uint32") -> Expr:
     return tir.const(value, dtype)
 
 
-def _as(dtype: str, x: Index) -> Expr:
-    return _int64(x).astype(dtype)
+def _uint64(x: Index) -> Expr:
+    """Two's complement. A cast of a negative constant would be refused."""
+    if isinstance(x, tir.IntImm):
+        x = int(x.value)
+    if not isinstance(x, int):
+        return _int64(x).astype("uint64")
+    high, low = (_uint(half, "uint64") for half in divmod(x % 2**64, 2**32))
+    return high << _uint(32, "uint64") | low
 
 
 def _int64(x: Index) -> Expr:

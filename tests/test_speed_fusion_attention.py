@@ -172,8 +172,11 @@ def test_record_order_of_tnd():
 # -- layouts, types, sizes ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["BSH", "SBH", "BNSD", "BSND"])
-@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("BSH", F32), ("BSH", BF16), ("SBH", F16), ("SBH", F32), ("BNSD", BF16), ("BSND", F16)],
+    ids=str,
+)
 def test_layouts_and_types(layout, dtype):
     feeds = qkv(B=2, N1=4, N2=2, S1=65, S2=131, D=40, dtype=dtype, layout=layout)
     check(feeds, head_num=4, input_layout=layout, scale=0.2)
@@ -201,8 +204,18 @@ def test_lengths_with_one_module(any_length, S1, S2):
     judge(run(any_length, feeds), feeds, {"head_num": 2, "input_layout": "BSND", "scale": 0.3})
 
 
-@pytest.mark.parametrize("mcpu", ["x86-64", "haswell", "skylake-avx512", "znver5"])
-@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("mcpu", "dtype"),
+    [
+        ("x86-64", F16),
+        ("x86-64", BF16),
+        ("x86-64", F32),
+        ("haswell", F16),
+        ("skylake-avx512", F16),
+        ("znver5", F16),
+    ],
+    ids=str,
+)
 def test_targets(mcpu, dtype):
     feeds = qkv(B=1, N1=2, N2=1, S1=35, S2=50, D=21, dtype=dtype)
     feeds["atten_mask"] = random_mask(35, 50)
@@ -215,8 +228,7 @@ def test_targets(mcpu, dtype):
     )
 
 
-@pytest.mark.parametrize("N2", [1, 8])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(("N2", "dtype"), [(1, F32), (8, BF16)], ids=str)
 def test_decode(N2, dtype):
     feeds = qkv(B=2, N1=8, N2=N2, S1=1, S2=515, D=64, dtype=dtype)
     check(feeds, head_num=8, input_layout="BNSD", scale=0.125)
@@ -247,8 +259,8 @@ MASKS = {
 
 
 @pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("mode", [0, 1])
-def test_full_masks(shape, mode):
+def test_full_masks(shape):
+    mode = int(shape[0] == B)
     feeds = qkv(B, N1, 2, S1, S2, 24)
     feeds["atten_mask"] = random_mask(*shape, dtype=np.uint8)
     check(feeds, head_num=N1, input_layout="BNSD", scale=0.2, sparse_mode=mode)
@@ -299,8 +311,14 @@ def test_compressed_masks_beyond_their_size(mode, tokens):
     check(feeds, head_num=1, input_layout="BNSD", sparse_mode=mode, **tokens)
 
 
-@pytest.mark.parametrize("shape", [(B, N1, S1, S2), (B, 1, S1, S2)])
-@pytest.mark.parametrize("form", ["attribute", "input", "int32 input"])
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [
+        ((B, N1, S1, S2), "attribute"),
+        ((B, 1, S1, S2), "input"),
+        ((B, 1, S1, S2), "int32 input"),
+    ],
+)
 def test_prefix(shape, form):
     feeds = qkv(B, N1, 2, S1, S2, 8)
     feeds["atten_mask"] = random_mask(*shape, keep=0.9)
@@ -338,16 +356,17 @@ PSE = {
 
 
 @pytest.mark.parametrize("shape", PSE.values(), ids=PSE)
-@pytest.mark.parametrize(("pse_type", "dtype"), [(0, F32), (1, BF16)])
-def test_bias(shape, pse_type, dtype):
+def test_bias(shape):
+    pse_type, dtype = (0, F32) if shape[0] == B else (1, BF16)
     feeds = qkv(B, N1, 2, S1, S2, 24, dtype=dtype)
     feeds["pse"] = normal(*shape, dtype=dtype)
     check(feeds, head_num=N1, input_layout="BNSD", scale=0.2, pse_type=pse_type)
 
 
-@pytest.mark.parametrize("shape", [(B, N1), (N1,)])
-@pytest.mark.parametrize("pse_type", [2, 3])
-@pytest.mark.parametrize("form", ["attribute", "input"])
+@pytest.mark.parametrize(
+    ("shape", "pse_type", "form"),
+    [((B, N1), 2, "attribute"), ((N1,), 3, "attribute"), ((N1,), 2, "input")],
+)
 def test_slopes(shape, pse_type, form):
     feeds = qkv(B, N1, 2, S1, S2, 8, dtype=F16) | {"pse": normal(*shape) / 4}
     starts, attrs = {"q_start_idx": [30], "kv_start_idx": [11]}, {}
@@ -403,10 +422,9 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize(("queries", "keys"), LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
-def test_packed_sequences(queries, keys, dtype):
-    feeds = tnd(queries, keys, dtype=dtype)
+@pytest.mark.parametrize("case", ["ragged", "empty in the middle"])
+def test_packed_sequences(case):
+    feeds = tnd(*LENGTHS[case], dtype=F16)
     check(feeds, head_num=2, input_layout="TND", scale=0.3)
 
 
@@ -450,8 +468,10 @@ def test_lists_as_attributes():
 # -- dropout, outputs, symbols --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, 2**40 + 3, -1])
-@pytest.mark.parametrize("form", ["attribute", "input"])
+@pytest.mark.parametrize(
+    ("seed", "form"),
+    [(0, "attribute"), (2**40 + 3, "attribute"), (-1, "attribute"), (2**40 + 3, "input")],
+)
 def test_dropout(seed, form):
     feeds, attrs = qkv(2, 2, 1, 33, 67, 8), {"keep_prob": 0.7}
     if form == "attribute":
@@ -505,8 +525,8 @@ import resource, sys
 import numpy as np, opferry
 from opferry.frontend.builders import node_model
 S = int(sys.argv[1])
-x = np.ones((1, 2, S, 16), np.float32)
-attrs = dict(head_num=2, input_layout="BNSD", outputs=["attention_out"])
+x = np.ones((1, 1, S, 8), np.float32)
+attrs = dict(head_num=1, input_layout="BNSD", outputs=["attention_out"])
 symbolic = dict.fromkeys(("query", "key", "value"), {2: "S"})
 feeds = dict.fromkeys(("query", "key", "value"), x)
 module = opferry.compile(node_model("SpeedFusionAttention", feeds, symbolic=symbolic, **attrs))
@@ -517,7 +537,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_memory_is_linear_in_the_length():
-    """8192 x 8192 float32 scores of a head would be 256 MiB; inputs and output are 4 MiB."""
+    """8192 x 8192 float32 scores of a head would be 256 MiB; inputs and output are 1 MiB."""
     assert resource.RUSAGE_SELF == 0
     found = subprocess.run(
         [sys.executable, "-c", PEAK, "8192"], capture_output=True, text=True, check=True
@@ -558,7 +578,7 @@ def problems(draw):
 
 
 @hypothesis.given(problems())
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 def test_fuzz(problem):
     feeds, attrs = problem
     check(feeds, **attrs)
@@ -566,7 +586,7 @@ def test_fuzz(problem):
 
 @pytest.mark.slow
 @hypothesis.given(problems())
-@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 def test_fuzz_longer(problem):
     feeds, attrs = problem
     check(feeds, **attrs)

@@ -33,7 +33,6 @@ from tvm.tirx.script.builder import ir as T
 from ...relay_ops.attention import Sequence
 from .attention_row import RowTile
 from .attention_tile import Tile
-from .scratch import scratch
 from .vector import VectorUnit, vector_unit
 
 if TYPE_CHECKING:
@@ -210,7 +209,7 @@ def _packed_tasks(
     tile_sequence = T.alloc_buffer((bound,), "int32")
     tile_row = T.alloc_buffer((bound,), "int32")
     pairs = T.alloc_buffer((B,), "int64")
-    state = scratch((2,), "int64")  # tiles so far, pairs so far
+    state = T.alloc_buffer((2,), "int64")  # tiles so far, pairs so far
     for slot in range(2):
         T.buffer_store(state, tir.const(0, "int64"), [slot])
     with T.serial(B) as b:
@@ -249,8 +248,8 @@ def _packed_sequence(
     """Place of sequence b. Its numbers go through local buffers: named values would be substituted
     into every index, which multiplies the compile time.
     """
-    lengths = scratch((2,), "int32", scope="local")
-    starts = scratch((3,), "int64", scope="local")
+    lengths = T.alloc_buffer((2,), "int32", scope="local")
+    starts = T.alloc_buffer((3,), "int64", scope="local")
     for k, ends in enumerate((ends_q, ends_kv)):
         start, length = _span(ends, b)
         T.buffer_store(lengths, length.astype("int32"), [k])

@@ -12,27 +12,26 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
-from .attention_tile import Tile
-from .scratch import scratch
+from .attention_task import Task
 from .vector import LOG2E, exp2_nonpositive, float32, load_lanes, max_lanes, sum_lanes, to_float32
 
 
-class RowTile(Tile):
+class RowTile(Task):
     """Buffers, float32: query and output row [D], scores of a key tile [C], which become the
     weights.
     """
 
     def emit(self) -> None:
         p, c = self.problem, self.config
-        self.query = scratch((p.D,))
-        self.scores = scratch((c.keys,))
-        self.state = scratch((3,), scope="local")  # maximum, sum, correction
+        self.query = T.alloc_buffer((p.D,))
+        self.scores = T.alloc_buffer((c.keys,))
+        self.state = T.alloc_buffer((3,), scope="local")  # maximum, sum, correction
         if self.wants_output:
-            self.output = scratch((p.D,))
+            self.output = T.alloc_buffer((p.D,))
         with T.serial(self.rows) as r:
             i = T.Bind(self.i0 + r)
             self._start_row(i)
-            seen = self._interval(i, i)
+            seen = self.interval(i, i)
             tiles = (tir.max(seen.last + 1 - seen.first, 0) + (c.keys - 1)) // c.keys
             with T.serial(tiles) as tile:
                 j0 = T.Bind(seen.first + tile * c.keys)
@@ -74,7 +73,7 @@ class RowTile(Tile):
         L, strips = c.lanes, p.D // c.lanes
         with T.serial((count + (c.unroll - 1)) // c.unroll) as step:
             keys = [T.Bind(j0 + tir.min(step * c.unroll + k, count - 1)) for k in range(c.unroll)]
-            acc = scratch((c.unroll, L), scope="local")
+            acc = T.alloc_buffer((c.unroll, L), scope="local")
             for k in range(c.unroll):
                 with T.vectorized(L) as v:
                     T.buffer_store(acc, float32(0), [k, v])
@@ -82,13 +81,13 @@ class RowTile(Tile):
                 for k, j in enumerate(keys):
                     with T.vectorized(L) as v:
                         d = strip * L + v
-                        product = self.query[d] * self._kv("key", j, d)
+                        product = self.query[d] * self.kv("key", j, d)
                         T.buffer_store(acc, acc[k, v] + product, [k, v])
             if p.D % L:
                 with T.serial(p.D % L) as tail:
                     d = strips * L + tail
                     for k, j in enumerate(keys):
-                        product = self.query[d] * self._kv("key", j, d)
+                        product = self.query[d] * self.kv("key", j, d)
                         T.buffer_store(acc, acc[k, 0] + product, [k, 0])
             for k in range(c.unroll):
                 total = sum_lanes(load_lanes(acc, [k, 0], L))
@@ -98,17 +97,17 @@ class RowTile(Tile):
         p, c, at = self.problem, self.config, self.at
         L = c.lanes
         strips = T.Bind((count + (L - 1)) // L)
-        lanes = scratch((L,), scope="local")
+        lanes = T.alloc_buffer((L,), scope="local")
         with T.vectorized(L) as v:
             T.buffer_store(lanes, float32(attention.EMPTY_ROW_MAX), [v])
-        slope = self._slope()
+        slope = self.slope()
         with T.serial(strips) as strip, T.vectorized(L) as v:
             key = strip * L + v
             j = tir.min(j0 + key, at.S2 - 1)
             x = attention.score(p.pse_type, self.scores[key], self._row_bias(slope, i, j), p.scale)
             allowed = key < count
             if p.mask:
-                allowed = tir.all(allowed, self._mask_bit(i, j) == 0)
+                allowed = tir.all(allowed, self.mask_bit(i, j) == 0)
             x = T.Bind(tir.Select(allowed, x, float32(float("-inf"))))
             T.buffer_store(self.scores, x, [key])
             T.buffer_store(lanes, tir.max(lanes[v], x), [v])
@@ -118,14 +117,14 @@ class RowTile(Tile):
         T.buffer_store(self.state, top, [0])
         with T.vectorized(L) as v:
             T.buffer_store(lanes, float32(0), [v])
-        draws = self._draws()
+        draws = self.draws()
         with T.serial(strips) as strip, T.vectorized(L) as v:
             key = strip * L + v
             x = T.Bind((self.scores[key] - self.state[0]) * float32(LOG2E))
             w = T.Bind(exp2_nonpositive(x))
             T.buffer_store(lanes, lanes[v] + w, [v])
             if draws is not None:
-                w = tir.Select(self._keep(draws, v, r, j0 + key), w, float32(0))
+                w = tir.Select(self.keep(draws, v, r, j0 + key), w, float32(0))
             T.buffer_store(self.scores, w, [key])
         total = self.state[1] * self.state[2] + sum_lanes(load_lanes(lanes, [0], L))
         T.buffer_store(self.state, total, [1])
@@ -134,10 +133,10 @@ class RowTile(Tile):
         """Bias of the keys j, which lie across the lanes."""
         p = self.problem
         if p.pse in ("rows", "packed"):
-            return self._bias_element(i, j)
+            return self.bias_element(i, j)
         if p.pse == "row":
-            return self._bias_element(0, j)
-        return None if p.pse is None else self._generated(slope, i, j)
+            return self.bias_element(0, j)
+        return None if p.pse is None else self.generated_bias(slope, i, j)
 
     def _add_values(self, j0: Expr, count: Expr) -> None:
         """output = output * correction + weights @ values, eight registers of D at a time."""
@@ -150,18 +149,18 @@ class RowTile(Tile):
             self._add_strips(j0, count, correction, first, width)
             first += width
         if p.D % L:
-            acc = scratch((1,), scope="local")
+            acc = T.alloc_buffer((1,), scope="local")
             with T.serial(p.D % L) as tail:
                 d = p.D // L * L + tail
                 T.buffer_store(acc, self.output[d] * correction, [0])
                 with T.serial(count) as j:
-                    product = self.scores[j] * self._kv("value", j0 + j, d)
+                    product = self.scores[j] * self.kv("value", j0 + j, d)
                     T.buffer_store(acc, acc[0] + product, [0])
                 T.buffer_store(self.output, acc[0], [d])
 
     def _add_strips(self, j0: Expr, count: Expr, correction: Expr, first: int, width: int) -> None:
         L = self.config.lanes
-        acc = scratch((width, L), scope="local")
+        acc = T.alloc_buffer((width, L), scope="local")
         for s in range(width):
             with T.vectorized(L) as v:
                 T.buffer_store(acc, self.output[(first + s) * L + v] * correction, [s, v])
@@ -169,7 +168,7 @@ class RowTile(Tile):
             w = T.Bind(self.scores[j])
             for s in range(width):
                 with T.vectorized(L) as v:
-                    product = w * self._kv("value", j0 + j, (first + s) * L + v)
+                    product = w * self.kv("value", j0 + j, (first + s) * L + v)
                     T.buffer_store(acc, acc[s, v] + product, [s, v])
         for s in range(width):
             with T.vectorized(L) as v:
@@ -178,6 +177,6 @@ class RowTile(Tile):
     def _finish_row(self, r: Expr) -> None:
         total = T.Bind(self.state[1])
         if self.wants_output:
-            inverse = T.Bind(self._inverse(total))
-            self._each_d(lambda d: self._put(r, d, T.Bind(self.output[d] * inverse)))
-        self._store_records(r, self.state[0], total)
+            inverse = T.Bind(self.inverse(total))
+            self._each_d(lambda d: self.put(r, d, T.Bind(self.output[d] * inverse)))
+        self.store_records(r, self.state[0], total)

@@ -7,64 +7,42 @@ become the weights; row maxima, sums and corrections [R]. W query rows lie acros
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import tvm.tirx as tir
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
-from ...relay_ops.attention import Sequence
-from .scratch import scratch
+from .attention_task import Task
 from .transpose import transpose_square
-from .vector import LOG2E, VectorUnit, exp2_nonpositive, float32, from_float32, to_float32
-
-if TYPE_CHECKING:
-    from ...relay_ops.speed_fusion_attention import AttentionProblem
-    from .attention import AttentionConfig
+from .vector import LOG2E, exp2_nonpositive, float32, to_float32
 
 
-@dataclass
-class Tile:
-    """Emits the statements of a task; ``emit`` is called once, inside the parallel loop."""
-
-    problem: AttentionProblem
-    config: AttentionConfig
-    unit: VectorUnit
-    buffers: dict[str, tir.Buffer]
-    scalars: dict[str, Expr]
-    """seed, offset, q_start_idx, kv_start_idx as int64."""
-
-    def place(self, at: Sequence, n: Expr, i0: Expr) -> None:
-        """Take query rows i0, i0 + 1, ... of head n."""
-        self.at, self.n, self.i0 = at, n, i0
-        self.g = attention.head_group(n, self.problem.N1, self.problem.N2)
-        self.rows = T.Bind(tir.min(at.S1 - i0, self.config.rows))
-        self.wants_output = "attention_out" in self.problem.outputs
+class Tile(Task):
+    """Emits the statements of a task, across the lanes."""
 
     def emit(self) -> None:
         p, c, i0 = self.problem, self.config, self.i0
         self.groups = T.Bind((self.rows + (c.width - 1)) // c.width)
-        self.queries = scratch((c.groups * p.D, c.width))
-        self.scores = scratch((c.keys, c.width))
-        self.top = scratch((c.rows,))
-        self.sum = scratch((c.rows,))
-        self.tile_top = scratch((c.width,), scope="local")
-        self.correction = scratch((c.width,), scope="local")
+        self.queries = T.alloc_buffer((c.groups * p.D, c.width))
+        self.scores = T.alloc_buffer((c.keys, c.width))
+        self.top = T.alloc_buffer((c.rows,))
+        self.sum = T.alloc_buffer((c.rows,))
+        self.tile_top = T.alloc_buffer((c.width,), scope="local")
+        self.correction = T.alloc_buffer((c.width,), scope="local")
         if self.wants_output:
-            self.output = scratch((c.groups * p.D, c.width))
+            self.output = T.alloc_buffer((c.groups * p.D, c.width))
         if p.dtype != "float32":
-            self.key_tile = scratch((c.keys, p.D))
+            self.key_tile = T.alloc_buffer((c.keys, p.D))
             if self.wants_output:
-                self.value_tile = scratch((c.keys, p.D))
+                self.value_tile = T.alloc_buffer((c.keys, p.D))
         if p.pse in ("rows", "packed"):
-            self.bias_tile = scratch((c.keys, c.width))
+            self.bias_tile = T.alloc_buffer((c.keys, c.width))
         if p.mask:
-            self.cap_tile = scratch((c.keys, c.width))
+            self.cap_tile = T.alloc_buffer((c.keys, c.width))
         self._load_queries()
         self._clear()
-        seen = self._interval(i0, i0 + self.rows - 1)
+        seen = self.interval(i0, i0 + self.rows - 1)
         tiles = (tir.max(seen.last + 1 - seen.first, 0) + (c.keys - 1)) // c.keys
         with T.serial(tiles) as tile:
             j0 = T.Bind(seen.first + tile * c.keys)
@@ -113,7 +91,7 @@ class Tile:
         with T.serial(-(-columns // L)) as strip:
             first = T.Bind(tir.min(strip * L, columns - L))
             with T.serial(c.vectors) as u:
-                block = scratch((L, L), scope="local")
+                block = T.alloc_buffer((L, L), scope="local")
                 for r in range(L):
                     with T.vectorized(L) as v:
                         T.buffer_store(block, source(u * L + r, first + v), [r, v])
@@ -142,27 +120,7 @@ class Tile:
         if self.wants_output:
             self._store_output()
         with T.serial(self.rows) as r:
-            self._store_records(r, self.top[r], self.sum[r])
-
-    def _store_records(self, r: Expr, top: Expr, total: Expr) -> None:
-        """softmax_max and softmax_sum of row i0 + r; a row without keys has a sum of 0 so far."""
-        values = {
-            "softmax_max": (top, attention.EMPTY_ROW_MAX),
-            "softmax_sum": (total, attention.EMPTY_ROW_SUM),
-        }
-        for name, (value, empty) in values.items():
-            if name in self.buffers:
-                record = tir.Select(total > float32(0), value, float32(empty))
-                self._store_record(self.buffers[name], r, T.Bind(record))
-
-    def _store_record(self, buffer: tir.Buffer, r: Expr, value: Expr) -> None:
-        p, at, i = self.problem, self.at, self.i0 + r
-        index = [at.b, self.n, i]
-        if p.layout == "TND":
-            number = T.Bind(attention.record(p.head_major, p.N1, at, self.n, i))
-            index = [number // p.N1, number % p.N1]
-        with T.vectorized(attention.SOFTMAX_REPEATS) as v:
-            T.buffer_store(buffer, value, [*index, v])
+            self.store_records(r, self.top[r], self.sum[r])
 
     def _store_output(self) -> None:
         """Divide by sum * keep_prob, round once, transpose back; a row without keys gives 0."""
@@ -171,29 +129,24 @@ class Tile:
             for u in range(c.vectors):
                 with T.vectorized(c.lanes) as v:
                     total = T.Bind(self.sum[group * c.width + u * c.lanes + v])
-                    T.buffer_store(self.correction, self._inverse(total), [u * c.lanes + v])
+                    T.buffer_store(self.correction, self.inverse(total), [u * c.lanes + v])
             if c.lanes > p.D:
                 self._store_elements(group)
             else:
                 self._store_blocks(group)
 
-    def _inverse(self, total: Expr) -> Expr:
-        """1 / (sum * keep_prob); 0 for a row without keys."""
-        inverse = float32(1) / (total * float32(self.problem.keep_prob))
-        return tir.Select(total > float32(0), inverse, float32(0))
-
     def _store_elements(self, group: Expr) -> None:
         p, c = self.problem, self.config
         with T.serial(tir.min(c.width, self.rows - group * c.width)) as r, T.serial(p.D) as d:
             scaled = self.output[group * p.D + d, r] * self.correction[r]
-            self._put(group * c.width + r, d, T.Bind(scaled))
+            self.put(group * c.width + r, d, T.Bind(scaled))
 
     def _store_blocks(self, group: Expr) -> None:
         p, c = self.problem, self.config
         L = c.lanes
         with T.serial(-(-p.D // L)) as strip, T.serial(c.vectors) as u:
             first = T.Bind(tir.min(strip * L, p.D - L))
-            block = scratch((L, L), scope="local")
+            block = T.alloc_buffer((L, L), scope="local")
             for k in range(L):
                 with T.vectorized(L) as v:
                     r = u * L + v
@@ -203,30 +156,9 @@ class Tile:
             for k in range(L):
                 r = T.Bind(group * c.width + u * L + k)
                 with T.If(r < self.rows), T.Then(), T.vectorized(L) as v:
-                    self._put(r, first + v, T.Bind(block[k, v]))
-
-    def _put(self, r: Expr, d: Expr, value: Expr) -> None:
-        p, at = self.problem, self.at
-        index = attention.element(p.layout, p.D, at.b, self.n, at.query_start + self.i0 + r, d)
-        out = self.buffers["attention_out"]
-        T.buffer_store(out, from_float32(value, p.dtype, self.unit), index)
+                    self.put(r, first + v, T.Bind(block[k, v]))
 
     # -- one tile of keys ---------------------------------------------------------------------
-
-    def _interval(self, first_row: Expr, last_row: Expr) -> attention.Interval:
-        """Keys that any of the rows may see: both ends of the band grow with the row."""
-        first, last = self._keys(first_row).first, self._keys(last_row).last
-        bound = (x if isinstance(x, int) else T.Bind(x.astype("int32")) for x in (first, last))
-        return attention.Interval(*bound)
-
-    def _keys(self, i: Expr) -> attention.Interval:
-        p = self.problem
-        if p.band is None:
-            return attention.Interval(0, self.at.S2 - 1)
-        prefix = None
-        if "prefix" in self.buffers:
-            prefix = self.buffers["prefix"][self.at.b].astype("int32")
-        return p.band.keys(self.at, i, prefix)
 
     def _key_tile(self, j0: Expr, count: Expr) -> None:
         p, c = self.problem, self.config
@@ -238,7 +170,7 @@ class Tile:
             r0 = T.Bind(group * c.width)
             first_row = self.i0 + r0
             last_row = tir.min(first_row + (c.width - 1), self.at.S1 - 1)
-            any_, all_ = self._interval(first_row, last_row), self._interval(last_row, first_row)
+            any_, all_ = self.interval(first_row, last_row), self.interval(last_row, first_row)
             with T.If(tir.all(any_.first < j0 + count, any_.last >= j0)), T.Then():
                 plain = tir.all(count == c.keys, all_.first <= j0, all_.last >= j0 + count - 1)
                 if p.mask:
@@ -264,15 +196,10 @@ class Tile:
         with T.serial(count) as j:
             with T.serial(p.D // L) as strip, T.vectorized(L) as v:
                 d = strip * L + v
-                T.buffer_store(tile, self._kv(name, j0 + j, d), [j, d])
+                T.buffer_store(tile, self.kv(name, j0 + j, d), [j, d])
             with T.serial(p.D % L) as tail:
                 d = p.D // L * L + tail
-                T.buffer_store(tile, self._kv(name, j0 + j, d), [j, d])
-
-    def _kv(self, name: str, j: Expr, d: Expr) -> Expr:
-        p, at = self.problem, self.at
-        index = attention.element(p.layout, p.D, at.b, self.g, at.key_start + j, d)
-        return to_float32(self.buffers[name][tuple(index)], self.unit)
+                T.buffer_store(tile, self.kv(name, j0 + j, d), [j, d])
 
     def _stage_mask(self, r0: Expr, j0: Expr, count: Expr) -> Expr:
         """cap_tile[j][r] = minus infinity where the mask drops the pair, else infinity.
@@ -280,26 +207,18 @@ class Tile:
         Returns whether any pair of the tile is dropped.
         """
         c, at = self.config, self.at
-        dropped = scratch((1,), "int32", scope="local")
+        dropped = T.alloc_buffer((1,), "int32", scope="local")
         T.buffer_store(dropped, tir.const(0, "int32"), [0])
         with T.serial(tir.min(c.width, self.rows - r0)) as r, T.serial(count) as j:
-            bit = self._mask_bit(self.i0 + r0 + r, j0 + j)
+            bit = self.mask_bit(self.i0 + r0 + r, j0 + j)
             T.buffer_store(dropped, dropped[0] | bit, [0])
         with T.If(dropped[0] != 0), T.Then(), T.serial(c.width) as r, T.serial(count) as j:
-            bit = self._mask_bit(tir.min(self.i0 + r0 + r, at.S1 - 1), j0 + j)
+            bit = self.mask_bit(tir.min(self.i0 + r0 + r, at.S1 - 1), j0 + j)
             value = tir.Select(bit != 0, float32(float("-inf")), float32(float("inf")))
             T.buffer_store(self.cap_tile, value, [j, r])
         with T.If(dropped[0] == 0), T.Then(), T.serial(count) as j:
             self._fill(self.cap_tile, j, lambda r: float32(float("inf")))
         return T.Bind(dropped[0])
-
-    def _mask_bit(self, i: Expr, j: Expr) -> Expr:
-        """int32, not 0 where atten_mask drops the pair."""
-        p, mask = self.problem, self.buffers["atten_mask"]
-        lead = attention.broadcast_index(
-            len(mask.shape), p.one_batch("atten_mask"), p.one_head("atten_mask"), self.at.b, self.n
-        )
-        return mask[(*lead, i, j)].astype("int32")
 
     def _stage_bias(self, r0: Expr, j0: Expr, count: Expr) -> None:
         """bias_tile[j][r] = pse of the pair as float32."""
@@ -307,16 +226,7 @@ class Tile:
         with T.serial(c.width) as r:
             i = T.Bind(tir.min(self.i0 + r0 + r, at.S1 - 1))
             with T.serial(count) as j:
-                T.buffer_store(self.bias_tile, self._bias_element(i, j0 + j), [j, r])
-
-    def _bias_element(self, i: Expr, j: Expr) -> Expr:
-        p, at, pse = self.problem, self.at, self.buffers["pse"]
-        lead = attention.broadcast_index(4, p.one_batch("pse"), False, at.b, self.n)
-        if p.pse != "packed":
-            return to_float32(pse[(*lead, i, j)], self.unit)
-        where = attention.packed_bias(p.layout == "TND", at, i, j, _int32(pse.shape[3]))
-        value = to_float32(pse[(*lead, where.row, where.column)], self.unit)
-        return tir.Select(where.inside, value, float32(0))
+                T.buffer_store(self.bias_tile, self.bias_element(i, j0 + j), [j, r])
 
     def _scores(self, group: Expr, r0: Expr, j0: Expr, count: Expr, masked: bool) -> None:
         """scores[j][r] and the tile's row maxima, one register tile of ``unroll`` keys at a time.
@@ -329,7 +239,7 @@ class Tile:
         with T.serial((count + (c.unroll - 1)) // c.unroll) as step:
             keys = [T.Bind(step * c.unroll + k) for k in range(c.unroll)]
             last = count - 1 if masked else None
-            acc = scratch((c.unroll, c.width), scope="local")
+            acc = T.alloc_buffer((c.unroll, c.width), scope="local")
             for k in range(c.unroll):
                 self._fill(acc, k, lambda r: float32(0))
             sources = [self._key_source(j0, key, last) for key in keys]
@@ -368,35 +278,23 @@ class Tile:
         if self.problem.dtype != "float32":
             return lambda d: self.key_tile[key, d]
         j = T.Bind(j0 + key)
-        return lambda d: self._kv("key", j, d)
+        return lambda d: self.kv("key", j, d)
 
     def _common_bias(self, j: Expr, key: Expr) -> Expr | None:
         """What the bias of a key needs that is one value for all rows."""
         if self.problem.pse == "row":
-            return T.Bind(self._bias_element(0, tir.min(j, self.at.S2 - 1)))
-        return self._slope()
-
-    def _slope(self) -> Expr | None:
-        if self.problem.pse != "slopes":
-            return None
-        pse = self.buffers["pse"]
-        return T.Bind(pse[(self.n,) if len(pse.shape) == 1 else (self.at.b, self.n)])
+            return T.Bind(self.bias_element(0, tir.min(j, self.at.S2 - 1)))
+        return self.slope()
 
     def _bias(self, common: Expr | None, i: Expr, j: Expr, key: Expr, r: Expr) -> Expr | None:
         p = self.problem
         if p.pse in ("rows", "packed"):
             return self.bias_tile[key, r]
-        return self._generated(common, i, j) if p.pse == "slopes" else common
-
-    def _generated(self, slope: Expr, i: Expr, j: Expr) -> Expr:
-        start = self.scalars["kv_start_idx"] - self.scalars["q_start_idx"]
-        if self.problem.starts_fit_int32:
-            start = start.astype("int32")
-        return attention.generated_bias(self.problem.pse_type, slope, i, j, start)
+        return self.generated_bias(common, i, j) if p.pse == "slopes" else common
 
     def _masked(self, x: Expr, i: Expr, j: Expr, key: Expr, r: Expr) -> Expr:
         p = self.problem
-        seen = self._keys(i)
+        seen = self.keys_of(i)
         allowed = j <= seen.last
         if not isinstance(seen.first, int):
             allowed = tir.all(allowed, j >= seen.first)
@@ -408,8 +306,8 @@ class Tile:
         """scores become weights 2**((x - maximum) * log2 e); maximum, sum, correction follow."""
         c = self.config
         L = c.lanes
-        top = scratch((c.width,), scope="local")
-        total = scratch((c.width,), scope="local")
+        top = T.alloc_buffer((c.width,), scope="local")
+        total = T.alloc_buffer((c.width,), scope="local")
         for u in range(c.vectors):
             with T.vectorized(L) as v:
                 r = u * L + v
@@ -420,7 +318,7 @@ class Tile:
                 T.buffer_store(self.top, now, [r0 + r])
                 T.buffer_store(self.correction, exp2_nonpositive(step), [r])
                 T.buffer_store(total, float32(0), [r])
-        draws = self._draws()
+        draws = self.draws()
         with T.serial(count) as j:
             for u in range(c.vectors):
                 with T.vectorized(L) as v:
@@ -429,7 +327,7 @@ class Tile:
                     w = T.Bind(exp2_nonpositive(x))
                     T.buffer_store(total, total[r] + w, [r])
                     if draws is not None:
-                        kept = self._keep(draws, v, r0 + r, j0 + j)
+                        kept = self.keep(draws, v, r0 + r, j0 + j)
                         w = tir.Select(kept, w, float32(0))
                     T.buffer_store(self.scores, w, [j, r])
         for u in range(c.vectors):
@@ -437,28 +335,6 @@ class Tile:
                 r = u * L + v
                 value = self.sum[r0 + r] * self.correction[r] + total[r]
                 T.buffer_store(self.sum, value, [r0 + r])
-
-    def _draws(self) -> tir.Buffer | None:
-        """Room for the products of the generator's rounds, where dropout matters."""
-        if self.problem.keep_prob == 1 or not self.wants_output:
-            return None
-        shape = (2 * attention.PHILOX_ROUNDS, self.config.lanes)
-        return scratch(shape, "uint64", scope="local")
-
-    def _keep(self, draws: tir.Buffer, v: Expr, r: Expr, j: Expr) -> Expr:
-        """Dropout decision of lane v, row i0 + r."""
-        p = self.problem
-        first = attention.pair_number(p.layout == "TND", p.N1, self.at, self.n, self.i0 + r)
-        slots = iter(range(2 * attention.PHILOX_ROUNDS))
-
-        def bind(product: Expr) -> Expr:
-            slot = next(slots)
-            T.buffer_store(draws, product, [slot, v])
-            return draws[slot, v]
-
-        threshold = attention.keep_threshold(p.keep_prob)
-        seed, offset = self.scalars["seed"], self.scalars["offset"]
-        return attention.keep(first + j.astype("int64"), seed, offset, threshold, bind)
 
     def _accumulate(self, group: Expr, j0: Expr, count: Expr) -> None:
         """output = output * correction + weights @ values, ``unroll`` elements of D at a time."""
@@ -475,14 +351,14 @@ class Tile:
     ) -> None:
         p, c = self.problem, self.config
         L = c.lanes
-        acc = scratch((width, c.width), scope="local")
+        acc = T.alloc_buffer((width, c.width), scope="local")
         for k in range(width):
             row = group * p.D + first + k
             self._fill(acc, k, lambda r, row=row: self.output[row, r] * self.correction[r])
         with T.serial(count) as j:
             for k in range(width):
                 if p.dtype == "float32":
-                    scalar = T.Bind(self._kv("value", j0 + j, first + k))
+                    scalar = T.Bind(self.kv("value", j0 + j, first + k))
                 else:
                     scalar = T.Bind(self.value_tile[j, first + k])
                 for u in range(c.vectors):
@@ -491,7 +367,3 @@ class Tile:
                         T.buffer_store(acc, acc[k, r] + scalar * self.scores[j, r], [k, r])
         for k in range(width):
             self._fill(self.output, group * p.D + first + k, lambda r, k=k: acc[k, r])
-
-
-def _int32(x: Expr) -> Expr:
-    return x.astype("int32")

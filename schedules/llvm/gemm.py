@@ -4,10 +4,11 @@
     parallel row:                             all of A, packed once
         pack_a
     parallel (batch, panel, row tile):        a thread's run of tiles shares its panel of B
-        dot_init                              rows x NB int32, in registers
-        for k group:
-            unrolled rows x vectors:          one tensorized dot product each
-        epilogue, store                       from registers to the output, vectorised
+        by the rows that are left:            whole tiles, and shorter ones for the last
+            dot_init                          rows x NB int32, in registers
+            for k group:
+                unrolled rows x vectors:      one tensorized dot product each
+            epilogue, store                   from registers to the output, vectorised
 
 No int32 matrix reaches memory. Where NB does not divide N the last panel is computed whole, into a
 thread-local tile, and only its valid columns are stored.
@@ -22,6 +23,7 @@ from tvm.target import Target
 from tvm.tirx import IntImm, PrimFunc
 
 from ..intrin import x86
+from . import tiles
 
 ROWS = "opferry.rows"
 """Attribute of the kernel: rows of its register tile."""
@@ -35,13 +37,15 @@ class GemmConfig:
     """Rows of the register tile."""
     vectors: int
     """Registers of B across the register tile."""
+    heights: tuple[int, ...] = (1, 2, 4, 6, 8)
+    """Rows of the shorter tiles that may end a run of rows."""
 
 
 CONFIGS = {
     # rows * vectors accumulators, vectors of B and one of A must fit the register file.
-    x86.VNNI_512: GemmConfig(rows=12, vectors=2),
+    x86.VNNI_512: GemmConfig(rows=7, vectors=2),
     x86.VNNI_256: GemmConfig(rows=6, vectors=2),
-    x86.AVX512BW: GemmConfig(rows=12, vectors=2),
+    x86.AVX512BW: GemmConfig(rows=7, vectors=2),
     x86.AVX2: GemmConfig(rows=4, vectors=2),
     x86.PORTABLE: GemmConfig(rows=2, vectors=1),
 }
@@ -87,18 +91,26 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
     sch.reorder(z, no, mo, ko, mi, nv, nl, ki)
     sch.set_scope(acc, 0, "local")
 
+    # Loops of these blocks inside a tile: one for each axis of what they compute.
     whole_panels = _extent(sch, sch.get_loops(store)[-1]) % cols == 0
-    if whole_panels:
-        sch.compute_inline(epilogue)
-        sch.reverse_compute_at(store, mo)
-        _vectorize_tile(sch, store, dot.lanes)
-    else:
+    for block in (epilogue, store):
+        if block is epilogue and whole_panels:
+            sch.compute_inline(epilogue)
+            continue
+        axis = 1 if block is epilogue else len(sch.get_loops(store)) - 2
+        sch.reverse_compute_at(block, mo, preserve_unit_loops=True)
+        row, col = (sch.get_loops(block)[3:][i] for i in (axis, -1))
+        sch.annotate(row, tiles.ROW, 1)
+        if block is store and not whole_panels:
+            continue
+        col, lane = sch.split(col, [None, dot.lanes])
+        sch.unroll(row)
+        sch.unroll(col)
+        sch.vectorize(lane)
+    if not whole_panels:
         sch.set_scope(epilogue, 0, "local")
-        sch.reverse_compute_at(epilogue, mo)
-        sch.reverse_compute_at(store, mo)
-        _vectorize_tile(sch, epilogue, dot.lanes)
 
-    sch.parallel(sch.fuse(z, no, mo))
+    sch.annotate(mi, tiles.ROW, 1)
     sch.unroll(mi)
     sch.unroll(nv)
     if dot.intrin:
@@ -108,9 +120,13 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
     else:
         sch.reorder(ki, nl)
         sch.vectorize(nl)
-        sch.decompose_reduction(acc, ko)
+        init = sch.decompose_reduction(acc, ko)
     sch.parallel(sch.fuse(*sch.get_loops(pack)[:2]))
-    return sch.mod["main"]
+
+    sch.annotate(z, tiles.NEST, 1)
+    sch.annotate(sch.get_loops(init)[3], tiles.ROW, 1)
+    m = func.params[-1].ty.shape[-2]
+    return tiles.parallel_tiles(sch.mod["main"], m, rows, CONFIGS[dot].heights)
 
 
 def schedule_plain(func: PrimFunc, _: Target) -> PrimFunc:
@@ -127,15 +143,6 @@ def schedule_pack_weight(func: PrimFunc, _: Target) -> PrimFunc:
     sch = s_tir.Schedule(func)
     sch.parallel(sch.fuse(*sch.get_loops(sch.get_sblock("pack_weight"))[:2]))
     return sch.mod["main"]
-
-
-def _vectorize_tile(sch: s_tir.Schedule, block, lanes: int) -> None:
-    """Unroll the rows and registers of a [rows, NB] block, vectorise the lanes of a register."""
-    mi, ni = sch.get_loops(block)[-2:]
-    nv, nl = sch.split(ni, [None, lanes])
-    sch.unroll(mi)
-    sch.unroll(nv)
-    sch.vectorize(nl)
 
 
 def _extent(sch: s_tir.Schedule, loop) -> int:

@@ -1,0 +1,145 @@
+"""What every task of the fused attention kernel needs: its place, the elements of its inputs, the
+interval of keys, bias, dropout, and where its results go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import tvm.tirx as tir
+from tvm.ir import Expr
+from tvm.tirx.script.builder import ir as T
+
+from ...relay_ops import attention
+from ...relay_ops.attention import Sequence
+from .vector import VectorUnit, float32, from_float32, to_float32
+
+if TYPE_CHECKING:
+    from ...relay_ops.speed_fusion_attention import AttentionProblem
+    from .attention import AttentionConfig
+
+
+@dataclass
+class Task:
+    """Emits statements and expressions inside the parallel loop."""
+
+    problem: AttentionProblem
+    config: AttentionConfig
+    unit: VectorUnit
+    buffers: dict[str, tir.Buffer]
+    scalars: dict[str, Expr]
+    """seed, offset, q_start_idx, kv_start_idx as int64."""
+
+    def place(self, at: Sequence, n: Expr, i0: Expr) -> None:
+        """Take query rows i0, i0 + 1, ... of head n."""
+        self.at, self.n, self.i0 = at, n, i0
+        self.g = attention.head_group(n, self.problem.N1, self.problem.N2)
+        self.rows = T.Bind(tir.min(at.S1 - i0, self.config.rows))
+        self.wants_output = "attention_out" in self.problem.outputs
+
+    def interval(self, first_row: Expr, last_row: Expr) -> attention.Interval:
+        """Keys that any of the rows may see: both ends of the band grow with the row."""
+        first, last = self.keys_of(first_row).first, self.keys_of(last_row).last
+        bound = (x if isinstance(x, int) else T.Bind(x.astype("int32")) for x in (first, last))
+        return attention.Interval(*bound)
+
+    def keys_of(self, i: Expr) -> attention.Interval:
+        p = self.problem
+        if p.band is None:
+            return attention.Interval(0, self.at.S2 - 1)
+        prefix = None
+        if "prefix" in self.buffers:
+            prefix = self.buffers["prefix"][self.at.b].astype("int32")
+        return p.band.keys(self.at, i, prefix)
+
+    def kv(self, name: str, j: Expr, d: Expr) -> Expr:
+        p, at = self.problem, self.at
+        index = attention.element(p.layout, p.D, at.b, self.g, at.key_start + j, d)
+        return to_float32(self.buffers[name][tuple(index)], self.unit)
+
+    def mask_bit(self, i: Expr, j: Expr) -> Expr:
+        """int32, not 0 where atten_mask drops the pair."""
+        p, mask = self.problem, self.buffers["atten_mask"]
+        lead = attention.broadcast_index(
+            len(mask.shape), p.one_batch("atten_mask"), p.one_head("atten_mask"), self.at.b, self.n
+        )
+        return mask[(*lead, i, j)].astype("int32")
+
+    def bias_element(self, i: Expr, j: Expr) -> Expr:
+        p, at, pse = self.problem, self.at, self.buffers["pse"]
+        lead = attention.broadcast_index(4, p.one_batch("pse"), False, at.b, self.n)
+        if p.pse != "packed":
+            return to_float32(pse[(*lead, i, j)], self.unit)
+        where = attention.packed_bias(p.layout == "TND", at, i, j, _int32(pse.shape[3]))
+        value = to_float32(pse[(*lead, where.row, where.column)], self.unit)
+        return tir.Select(where.inside, value, float32(0))
+
+    def slope(self) -> Expr | None:
+        if self.problem.pse != "slopes":
+            return None
+        pse = self.buffers["pse"]
+        return T.Bind(pse[(self.n,) if len(pse.shape) == 1 else (self.at.b, self.n)])
+
+    def generated_bias(self, slope: Expr, i: Expr, j: Expr) -> Expr:
+        start = self.scalars["kv_start_idx"] - self.scalars["q_start_idx"]
+        if self.problem.starts_fit_int32:
+            start = start.astype("int32")
+        return attention.generated_bias(self.problem.pse_type, slope, i, j, start)
+
+    def draws(self) -> tir.Buffer | None:
+        """Room for the products of the generator's rounds, where dropout matters."""
+        if self.problem.keep_prob == 1 or not self.wants_output:
+            return None
+        shape = (2 * attention.PHILOX_ROUNDS, self.config.lanes)
+        return T.alloc_buffer(shape, "uint64", scope="local")
+
+    def keep(self, draws: tir.Buffer, v: Expr, r: Expr, j: Expr) -> Expr:
+        """Dropout decision of lane v, row i0 + r."""
+        p = self.problem
+        first = attention.pair_number(p.layout == "TND", p.N1, self.at, self.n, self.i0 + r)
+        slots = iter(range(2 * attention.PHILOX_ROUNDS))
+
+        def bind(product: Expr) -> Expr:
+            slot = next(slots)
+            T.buffer_store(draws, product, [slot, v])
+            return draws[slot, v]
+
+        threshold = attention.keep_threshold(p.keep_prob)
+        seed, offset = self.scalars["seed"], self.scalars["offset"]
+        return attention.keep(first + j.astype("int64"), seed, offset, threshold, bind)
+
+    def put(self, r: Expr, d: Expr, value: Expr) -> None:
+        p, at = self.problem, self.at
+        index = attention.element(p.layout, p.D, at.b, self.n, at.query_start + self.i0 + r, d)
+        out = self.buffers["attention_out"]
+        T.buffer_store(out, from_float32(value, p.dtype, self.unit), index)
+
+    def inverse(self, total: Expr) -> Expr:
+        """1 / (sum * keep_prob); 0 for a row without keys."""
+        inverse = float32(1) / (total * float32(self.problem.keep_prob))
+        return tir.Select(total > float32(0), inverse, float32(0))
+
+    def store_records(self, r: Expr, top: Expr, total: Expr) -> None:
+        """softmax_max and softmax_sum of row i0 + r; a row without keys has a sum of 0 so far."""
+        values = {
+            "softmax_max": (top, attention.EMPTY_ROW_MAX),
+            "softmax_sum": (total, attention.EMPTY_ROW_SUM),
+        }
+        for name, (value, empty) in values.items():
+            if name in self.buffers:
+                record = tir.Select(total > float32(0), value, float32(empty))
+                self._store_record(self.buffers[name], r, T.Bind(record))
+
+    def _store_record(self, buffer: tir.Buffer, r: Expr, value: Expr) -> None:
+        p, at, i = self.problem, self.at, self.i0 + r
+        index = [at.b, self.n, i]
+        if p.layout == "TND":
+            number = T.Bind(attention.record(p.head_major, p.N1, at, self.n, i))
+            index = [number // p.N1, number % p.N1]
+        with T.vectorized(attention.SOFTMAX_REPEATS) as v:
+            T.buffer_store(buffer, value, [*index, v])
+
+
+def _int32(x: Expr) -> Expr:
+    return x.astype("int32")
