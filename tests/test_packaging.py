@@ -34,7 +34,7 @@ def listed_packages() -> list[str]:
 
 def tracked_files() -> list[Path]:
     found = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        ["git", "ls-files", "-z"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -96,11 +96,11 @@ def test_no_module_of_ours_is_loaded_twice():
     names: dict[str, list[str]] = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if not file or not Path(file).is_relative_to(ROOT):
+        if not file or not Path(file).is_relative_to(ROOT) or Path(file).is_relative_to(sys.prefix):
             continue
         parts = Path(file).relative_to(ROOT).parts
         # The root file is the one that pytest runs again; the console script is __main__.
-        if parts != ("__init__.py",) and parts[0] not in {*NOT_PACKAGED, ".venv"}:
+        if parts != ("__init__.py",) and parts[0] not in NOT_PACKAGED:
             names.setdefault(file, []).append(name)
     assert {file: found for file, found in names.items() if len(found) > 1} == {}
 
