@@ -13,6 +13,7 @@ from tvm import relax
 from tvm.ir import IRModule
 from tvm.ir.transform import Pass, PassContext, Sequential, module_pass
 from tvm.target import Target
+from tvm.tirx import PrimFunc
 
 from ..frontend.importer import Imported, import_model
 from ..frontend.model import Shapes, load, prepare
@@ -132,6 +133,7 @@ def pipeline(target: Target, dump_ir: str | os.PathLike[str] | None = None) -> P
             relax.transform.LowerRuntimeBuiltin(),
             relax.transform.ComputePrimValue(),
             relax.transform.VMShapeLower(),
+            AssumeNoAlias(),
             relax.transform.AttachGlobalSymbol(),
             dump("lower"),
         ]
@@ -150,6 +152,22 @@ def _plan_memory(module: IRModule, _: PassContext) -> IRModule:
                 function, lambda e: branches.append(e) if isinstance(e, relax.If) else None
             )
     return module if branches else relax.transform.StaticPlanBlockMemory()(module)
+
+
+@module_pass(opt_level=0, name="AssumeNoAlias")
+class AssumeNoAlias:
+    """Tell LLVM that no PrimFunc's arguments overlap, the shape function of `VMShapeLower`
+    included.
+
+    That one comes without the mark, and LLVM's code generator then gives it up for every function
+    of the module: register tiles go through memory, at a third of the speed.
+    """
+
+    def transform_module(self, module: IRModule, _: PassContext) -> IRModule:
+        for var, func in module.functions.items():
+            if isinstance(func, PrimFunc):
+                module[var] = func.with_attr("tirx.noalias", True)
+        return module
 
 
 def _manifest(imported: Imported, target: Target) -> Manifest:

@@ -43,9 +43,9 @@ class GemmConfig:
 
 CONFIGS = {
     # rows * vectors accumulators, vectors of B and one of A must fit the register file.
-    x86.VNNI_512: GemmConfig(rows=7, vectors=2),
+    x86.VNNI_512: GemmConfig(rows=12, vectors=2),
     x86.VNNI_256: GemmConfig(rows=6, vectors=2),
-    x86.AVX512BW: GemmConfig(rows=7, vectors=2),
+    x86.AVX512BW: GemmConfig(rows=12, vectors=2),
     x86.AVX2: GemmConfig(rows=4, vectors=2),
     x86.PORTABLE: GemmConfig(rows=2, vectors=1),
 }
