@@ -178,7 +178,7 @@ FOREIGN = {
     "a home or root folder": r"/(?:home|root|Users)" + r"/\w",
     "a folder of one machine": r"(?<![\w.])/(?:work|mnt|opt)" + r"/\w",
     "a file outside of the repository": r"\.\./" + "shared",
-    "a package index": r"(?:index-url|extra-index-url|find-links|PIP_" + r"INDEX)",
+    "a host of packages": r"https?://\S*(?:pypi|mirror|registry|/simple)",
 }
 
 
