@@ -1,5 +1,5 @@
 """Vector pieces that the attention kernels for the CPU share: exponentials, conversions between
-storage types and float32, reductions across lanes, transposition in registers.
+storage types and float32, reductions across lanes.
 
 Everything here maps expressions to expressions. The elementwise ones take a scalar expression and
 stand inside a vectorised loop, or take a vector (``load_lanes``) outside of one; LLVM sees whole
