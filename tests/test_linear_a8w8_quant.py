@@ -574,7 +574,7 @@ def test_empty_initializers_are_refused(name, shape):
     dtype, _ = feeds[name]
     feeds[name] = np.zeros(shape, dtype)
     model = node_model(OP, feeds, initializers=[name], check=False, **attrs)
-    with pytest.raises(InvalidNodeError, match=rf'input "{name}": found 0.*\[E-EMPTY\]'):
+    with pytest.raises(InvalidNodeError, match=rf'input "{name}": found .*\[E-EMPTY\]'):
         opferry.compile(model)
 
 

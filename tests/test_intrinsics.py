@@ -1,0 +1,160 @@
+"""The int8 dot products of x86 and the matmul built on them: meaning, instruction, registers."""
+
+import functools
+import itertools
+import re
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax, tirx
+from tvm.runtime import tensor
+from tvm.target import Target
+
+from opferry.driver.build import pipeline
+from opferry.driver.target import TARGETS, required_features, resolve
+from opferry.relay_ops.int8_matmul import Left, int8_matmul, pack_weight
+from opferry.runtime import cpu
+from opferry.schedules.intrin import x86
+from opferry.schedules.llvm.gemm import CONFIGS
+
+TIERS = {
+    "x86-avx512vnni": x86.VNNI_512,
+    "x86-avxvnni": x86.VNNI_256,
+    "x86-avx512": x86.AVX512BW,
+    "x86-avx2": x86.AVX2,
+    "x86-64": x86.PORTABLE,
+}
+AARCH64 = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76"}
+
+
+@functools.cache
+def available(target):
+    """Whether this CPU can run code for a short name of TARGETS."""
+    return set(required_features(resolve(target))) <= (cpu.features() or frozenset())
+
+
+def on(target):
+    if not available(target):
+        pytest.skip(f"needs a CPU like {TARGETS[target]['mcpu']}")
+    return target
+
+
+def matmul(target, n, k, m=None, batch=1):
+    """Executable of y int32 [batch, M, N] = a @ b, b [batch, N, K] packed at run time."""
+    m = tirx.Var("m", "int64") if m is None else m
+    bb = relax.BlockBuilder()
+    a = relax.Var("a", relax.TensorType((batch, m, k), "int8"))
+    b = relax.Var("b", relax.TensorType((batch, n, k), "int8"))
+    with bb.function("main", [a, b]):
+        with bb.dataflow():
+            weight = pack_weight(bb, target, b, n=n, k=k, batch=batch)
+            left = Left(a, m, batch)
+            y = int8_matmul(bb, "qordered_matmul.gemm", left, weight, lambda acc, at: acc)
+            y = bb.emit_output(y)
+        bb.emit_func_output(y)
+    return relax.build(pipeline(target)(bb.get()), target, relax_pipeline=None)
+
+
+def assembly(executable):
+    modules = [executable.mod, *executable.mod.imports]
+    return "\n".join(m.inspect_source("asm") for m in modules if m.kind == "llvm")
+
+
+@pytest.mark.parametrize(
+    ("mcpu", "dot"),
+    [
+        ("znver5", x86.VNNI_512),
+        ("sapphirerapids", x86.VNNI_512),
+        ("cascadelake", x86.VNNI_512),
+        ("alderlake", x86.VNNI_256),
+        ("skylake-avx512", x86.AVX512BW),
+        ("haswell", x86.AVX2),
+        ("x86-64", x86.PORTABLE),
+    ],
+)
+def test_tier_of_a_cpu(mcpu, dot):
+    assert x86.pick(Target({"kind": "llvm", "mcpu": mcpu})) is dot
+
+
+def test_other_architectures_take_the_portable_form():
+    target = Target(AARCH64)
+    assert x86.pick(target) is x86.PORTABLE
+    vector_product = re.compile(r"\t(mul|mla|smull|smlal)2?\tv\d")
+    assert vector_product.search(assembly(matmul(target, 40, 30)))
+
+
+@pytest.mark.parametrize("target", TIERS)
+def test_every_product_is_exact(target):
+    """All 65536 pairs of int8 values."""
+    values = np.arange(-128, 128, dtype=np.int8)
+    vm = relax.VirtualMachine(matmul(resolve(on(target)), 256, 1), tvm.cpu())
+    y = vm["main"](tensor(values.reshape(1, 256, 1)), tensor(values.reshape(1, 256, 1))).numpy()
+    assert np.array_equal(y[0], np.outer(values.astype(int), values.astype(int)))
+
+
+@pytest.mark.parametrize("target", TIERS)
+def test_groups_do_not_saturate(target):
+    """Sums of one group of k at its extremes, where 16-bit pair sums would saturate."""
+    corners = np.array([-128, -127, 0, 127], np.int8)
+    rows = np.array(list(itertools.product(corners, repeat=4)), np.int8)  # [256, 4]
+    vm = relax.VirtualMachine(matmul(resolve(on(target)), 256, 4), tvm.cpu())
+    y = vm["main"](tensor(rows[None]), tensor(rows[None])).numpy()
+    assert np.array_equal(y[0], rows.astype(int) @ rows.astype(int).T)
+
+
+@pytest.mark.parametrize("target", [t for t in TIERS if t != "x86-64"])
+@pytest.mark.parametrize("m", [None, 96], ids=["symbolic", "static"])
+def test_inner_loop_keeps_its_tile_in_registers(target, m):
+    """The loop over k holds one dot product for each accumulator and touches the stack for none."""
+    dot = TIERS[target]
+    config = CONFIGS[dot]
+    text = assembly(matmul(resolve(target), 96, 512, m))
+    blocks = re.split(r"\n(?=\.\w+:)", text)
+    loop = max(blocks, key=lambda block: block.count(dot.mnemonic))
+    jump = re.search(rf"\n\tj\w+\t{re.escape(loop.split(':')[0])}\n", loop)
+    assert jump, "the dot products are not in a loop of their own"
+    loop = loop[: jump.start()].splitlines()
+    products = [line for line in loop if dot.mnemonic in line]
+    register = "%zmm" if dot.lanes == 16 else "%ymm"
+    assert all(register in line for line in products)
+    assert len(products) % (config.rows * config.vectors) == 0
+    stores = [line for line in loop if re.search(r"%[yz]mm\d+, [-\d]*\(", line)]
+    assert not stores
+    assert not [line for line in loop if "mm" in line and "%rsp" in line]
+
+
+@pytest.mark.parametrize("dot", CONFIGS, ids=lambda dot: dot.intrin or "portable")
+def test_register_tile_fits(dot):
+    config = CONFIGS[dot]
+    if dot.intrin:
+        assert config.rows * config.vectors + config.vectors + 1 <= dot.registers
+
+
+@pytest.mark.parametrize("target", ["x86-64", "x86-avx2", "x86-avx512vnni"])
+def test_packing_now_or_at_run_time_gives_the_same_bytes(target):
+    rng = np.random.default_rng(0)
+    resolved = resolve(on(target))
+    b = rng.integers(-128, 128, (2, 100, 70)).astype(np.int8)
+    bb = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType(b.shape, "int8"))
+    with bb.function("main", [x]):
+        with bb.dataflow():
+            late = pack_weight(bb, resolved, x, n=100, k=70, batch=2)
+            now = pack_weight(bb, resolved, b, n=100, k=70, batch=2)
+            parts = [late.data, now.data]
+            parts += [] if now.excess is None else [late.excess, now.excess]
+            result = bb.emit_output(relax.Tuple(parts))
+        bb.emit_func_output(result)
+    executable = relax.build(pipeline(resolved)(bb.get()), resolved, relax_pipeline=None)
+    vm = relax.VirtualMachine(executable, tvm.cpu())
+    parts = [part.numpy() for part in vm["main"](tensor(b))]
+    for at_run_time, at_compile_time in zip(parts[::2], parts[1::2]):
+        assert np.array_equal(at_run_time, at_compile_time)
+    if now.excess is not None:
+        assert np.array_equal(parts[2][:, :100], 128 * b.sum(axis=2, dtype=np.int64))
+
+
+def test_an_offset_needs_unsigned_a():
+    with pytest.raises(ValueError, match="needs unsigned A"):
+        x86.DotProduct("avx2", "wrong", "vpmaddwd", 8, 2, "int16", 128, 16)
