@@ -32,6 +32,7 @@ from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops.attention import Sequence
 from .attention_row import RowTile
+from .attention_task import opaque
 from .attention_tile import Tile
 from .vector import VectorUnit, vector_unit
 
@@ -117,7 +118,7 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
 def _emit(tile: Tile, row_tile: RowTile, task: Task) -> None:
     """Few rows go one by one, more across the lanes; only what the sizes leave possible."""
     tile.place(*task)
-    row_tile.place(*task)
+    row_tile.stand_at(tile)
     few = tile.config.few
     possible = _task_rows(tile.problem, tile.config)
     if min(possible) > few:
@@ -186,8 +187,8 @@ def _batch_tasks(
             last = tiles.astype("int32") - 1
             position = T.Bind(tir.Select(position % 2 == 0, position // 2, last - position // 2))
         zero = tir.const(0, "int64")
-        at = Sequence(b, _int32(S1), _int32(S2), zero, zero, zero)
-        yield at, n, T.Bind(position * config.rows)
+        at = Sequence(b, *opaque("int32", [S1, S2]), zero, zero, zero)
+        yield at, n, position * config.rows
 
 
 @contextmanager
@@ -239,23 +240,16 @@ def _packed_tasks(
         n = T.Bind((task // tiles).astype("int32"))
         slot = T.Bind(task % tiles)
         b = T.Bind(tile_sequence[slot].astype("int64"))
-        yield _packed_sequence(b, ends_q, ends_kv, pairs), n, T.Bind(tile_row[slot])
+        yield _packed_sequence(b, ends_q, ends_kv, pairs), n, tile_row[slot]
 
 
 def _packed_sequence(
     b: Expr, ends_q: tir.Buffer, ends_kv: tir.Buffer, pairs: tir.Buffer
 ) -> Sequence:
-    """Place of sequence b. Its numbers go through local buffers: named values would be substituted
-    into every index, which multiplies the compile time.
-    """
-    lengths = T.alloc_buffer((2,), "int32", scope="local")
-    starts = T.alloc_buffer((3,), "int64", scope="local")
-    for k, ends in enumerate((ends_q, ends_kv)):
-        start, length = _span(ends, b)
-        T.buffer_store(lengths, length.astype("int32"), [k])
-        T.buffer_store(starts, start, [k])
-    T.buffer_store(starts, pairs[b], [2])
-    return Sequence(b, lengths[0], lengths[1], starts[0], starts[1], starts[2])
+    """Place of sequence b."""
+    (start_q, length_q), (start_kv, length_kv) = _span(ends_q, b), _span(ends_kv, b)
+    lengths = opaque("int32", [length_q, length_kv])
+    return Sequence(b, *lengths, *opaque("int64", [start_q, start_kv, pairs[b]]))
 
 
 def _span(ends: tir.Buffer, b: Expr) -> tuple[Expr, Expr]:
@@ -278,7 +272,3 @@ def _assert_list(
 def _assert(condition: Expr, text: str) -> None:
     with T.Assert(condition, text, "ValueError"):
         T.evaluate(0)
-
-
-def _int32(x: Expr) -> Expr:
-    return T.Bind(x.astype("int32"))

@@ -34,8 +34,7 @@ class RowTile(Task):
             seen = self.interval(i, i)
             tiles = (tir.max(seen.last + 1 - seen.first, 0) + (c.keys - 1)) // c.keys
             with T.serial(tiles) as tile:
-                j0 = T.Bind(seen.first + tile * c.keys)
-                count = T.Bind(tir.min(c.keys, seen.last + 1 - j0))
+                j0, count = self.tile_of_keys(seen, tile)
                 self._products(j0, count)
                 self._softmax(r, i, j0, count)
                 if self.wants_output:

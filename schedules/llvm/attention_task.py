@@ -20,6 +20,23 @@ if TYPE_CHECKING:
     from .attention import AttentionConfig
 
 
+def opaque(dtype: str, values: list[int | Expr]) -> list[Expr]:
+    """The values by way of a local buffer, constants as they are.
+
+    TVM's simplifier and its region analysis would substitute named values into every index and
+    guard, and reason about them there: that multiplies the compile time.
+    """
+    slots = T.alloc_buffer((len(values),), dtype, scope="local")
+    settled = []
+    for k, value in enumerate(values):
+        if isinstance(value, int | tir.IntImm):
+            settled.append(tir.const(int(value), dtype))
+        else:
+            T.buffer_store(slots, value.astype(dtype), [k])
+            settled.append(slots[k])
+    return settled
+
+
 @dataclass
 class Task:
     """Emits statements and expressions inside the parallel loop."""
@@ -33,16 +50,27 @@ class Task:
 
     def place(self, at: Sequence, n: Expr, i0: Expr) -> None:
         """Take query rows i0, i0 + 1, ... of head n."""
-        self.at, self.n, self.i0 = at, n, i0
-        self.g = attention.head_group(n, self.problem.N1, self.problem.N2)
-        self.rows = T.Bind(tir.min(at.S1 - i0, self.config.rows))
+        self.at = at
+        self.n, self.i0, self.rows = opaque("int32", [n, i0, tir.min(at.S1 - i0, self.config.rows)])
+        self.g = attention.head_group(self.n, self.problem.N1, self.problem.N2)
         self.wants_output = "attention_out" in self.problem.outputs
+
+    def stand_at(self, other: Task) -> None:
+        """Take the rows of another task, as an alternative to it."""
+        for name in ("at", "n", "i0", "rows", "g", "wants_output"):
+            setattr(self, name, getattr(other, name))
 
     def interval(self, first_row: Expr, last_row: Expr) -> attention.Interval:
         """Keys that any of the rows may see: both ends of the band grow with the row."""
-        first, last = self.keys_of(first_row).first, self.keys_of(last_row).last
-        bound = (x if isinstance(x, int) else T.Bind(x.astype("int32")) for x in (first, last))
-        return attention.Interval(*bound)
+        ends = self.keys_of(first_row).first, self.keys_of(last_row).last
+        return attention.Interval(*opaque("int32", [*ends]))
+
+    def tile_of_keys(self, seen: attention.Interval, tile: Expr) -> tuple[Expr, Expr]:
+        """First key and number of keys of a tile."""
+        keys = self.config.keys
+        j0 = seen.first + tile * keys
+        j0, count = opaque("int32", [j0, tir.min(keys, seen.last + 1 - j0)])
+        return j0, count
 
     def keys_of(self, i: Expr) -> attention.Interval:
         p = self.problem

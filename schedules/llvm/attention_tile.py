@@ -45,8 +45,7 @@ class Tile(Task):
         seen = self.interval(i0, i0 + self.rows - 1)
         tiles = (tir.max(seen.last + 1 - seen.first, 0) + (c.keys - 1)) // c.keys
         with T.serial(tiles) as tile:
-            j0 = T.Bind(seen.first + tile * c.keys)
-            count = T.Bind(tir.min(c.keys, seen.last + 1 - j0))
+            j0, count = self.tile_of_keys(seen, tile)
             self._key_tile(j0, count)
         self._store()
 
