@@ -27,7 +27,7 @@ from ..frontend.schemas.check import (
     subgraphs,
 )
 from ..reference.compare import Comparison, Tolerance, compare
-from ..reference.evaluator import evaluator, missing_references
+from ..reference.whole_model import evaluator, missing_references
 from ..runtime.errors import OpferryError
 from ..runtime.module import Module, as_array
 from .build import compile_prepared

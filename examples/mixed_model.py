@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 import opferry
-from opferry.reference.evaluator import evaluator
+from opferry.reference import evaluator
 
 HIDDEN, HEADS, FEED_FORWARD = 64, 4, 96
 STEP = 0.03  # the normalised activations keep within 127 of these

@@ -13,7 +13,7 @@ import opferry
 from opferry.frontend import importer
 from opferry.frontend.fold import fold_constants
 from opferry.frontend.model import name_dimensions, prepare
-from opferry.reference.evaluator import evaluator
+from opferry.reference.whole_model import evaluator
 from opferry.runtime.errors import (
     InvalidInputError,
     InvalidModelError,
