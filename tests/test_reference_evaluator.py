@@ -13,12 +13,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import opferry.reference
-from opferry.reference.whole_model import REFERENCES, evaluator
 from opferry.reference.linear_a8w8_quant import linear_a8w8_quant
 from opferry.reference.nsa_compress_attention import nsa_compress_attention
 from opferry.reference.qordered_longformer_attention import qordered_longformer_attention
 from opferry.reference.qordered_matmul import qordered_matmul
 from opferry.reference.speed_fusion_attention import speed_fusion_attention
+from opferry.reference.whole_model import REFERENCES, evaluator
 from opferry.runtime.errors import UnsupportedError
 
 BF16 = ml_dtypes.bfloat16
