@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from tvm.target import Target, codegen
 
@@ -50,10 +50,32 @@ def resolve(target: str | Mapping[str, Any] | Target) -> Target:
         raise UnsupportedError(
             f"target: found kind {resolved.kind.name!r}, allowed {' or '.join(KINDS)}"
         )
-    mcpu = resolved.attrs.get("mcpu")
-    if mcpu is not None and not codegen.llvm_is_valid_cpu(mcpu, _triple(resolved)):
-        raise OpferryError(f"target: found mcpu {str(mcpu)!r}, allowed what LLVM knows")
+    _check_llvm(resolved)
     return resolved
+
+
+def _check_llvm(target: Target) -> None:
+    """Refuse what LLVM would crash on, or ignore with a warning of its own."""
+    triple, attrs = _triple(target), target.attrs
+
+    def refuse(name: str, found: object) -> NoReturn:
+        raise OpferryError(f"target: found {name} {found!r}, allowed what LLVM knows")
+
+    with without_noise():
+        if not codegen.llvm_is_valid_cpu("generic", triple):  # every architecture has it
+            refuse("mtriple", triple)
+        mcpu = attrs.get("mcpu")
+        if mcpu is not None and not codegen.llvm_is_valid_cpu(mcpu, triple):
+            refuse("mcpu", str(mcpu))
+        names = [str(feature) for feature in attrs.get("mattr") or ()]
+        probe = {**target.export(), "mattr": [f"+{name[1:]}" for name in names]}
+        try:
+            known = {str(feature) for feature in codegen.llvm_get_cpu_features(Target(probe))}
+        except RuntimeError as error:  # an option with a value that LLVM does not have
+            raise OpferryError(f"target: found {target}, not allowed by LLVM: {error}") from error
+        for name in names:
+            if name[:1] not in ("+", "-") or name[1:] not in known:
+                refuse("mattr", name)
 
 
 def host() -> Target:
@@ -78,7 +100,9 @@ def required_features(target: Target) -> tuple[str, ...]:
 
 def architecture(target: Target) -> str:
     """Machine name that a CPU target's library runs on."""
-    return _triple(target).split("-")[0] if target.kind.name == "llvm" else cpu.architecture()
+    if target.kind.name != "llvm":
+        return cpu.architecture()
+    return cpu.canonical_architecture(_triple(target).split("-")[0])
 
 
 def _triple(target: Target) -> str:

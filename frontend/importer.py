@@ -158,17 +158,21 @@ class _Importer(ONNXGraphImporter):
         for node in graph.node:
             for name in filter(None, node.input):
                 self._nodes[name] = self._prepared(node, self._nodes[name])
-            self._label = node_label(node)
+            self._label = self._label_of(node)
             try:
                 super()._construct_nodes(GraphProto(node=[node]))
             except (Exception, _Refused) as error:
-                raise _Refused(_naming(node, error)) from error
+                raise _Refused(_naming(self._label_of(node), error)) from error
             for name in filter(None, node.output):
                 value = self._nodes[name]
                 if isinstance(value, Call) and isinstance(value.ty, relax.TensorType):
                     self._nodes[name] = self.bb.emit(value)  # here, not in a branch that uses it
         for value in graph.output:
             self._nodes[value.name] = self._as_tensor(self._nodes[value.name])
+
+    def _label_of(self, node: NodeProto) -> str:
+        ours = node.op_type.startswith(_PREFIX)
+        return node_label(self.ours[int(node.op_type.removeprefix(_PREFIX))][0] if ours else node)
 
     def _convert_subgraph(self, bb: relax.BlockBuilder, graph: GraphProto) -> relax.Expr:
         """A branch with its bindings inside it, so that only the chosen one is computed."""
@@ -289,13 +293,13 @@ class _Refused(BaseException):
         self.error = error
 
 
-def _naming(node: NodeProto, error: BaseException) -> OpferryError:
+def _naming(label: str, error: BaseException) -> OpferryError:
     """``error``, or what it carries, as an error of ours that names the node."""
     if isinstance(error, _Refused):
         error = error.error
     if isinstance(error, OpferryError):
         return error
-    refusal = UnsupportedError(f"{node_label(node)}: TVM's importer cannot convert it: {error}")
+    refusal = UnsupportedError(f"{label}: TVM's importer cannot convert it: {error}")
     refusal.__cause__ = error
     return refusal
 

@@ -184,6 +184,10 @@ def bind_shapes(graph: GraphProto, shapes: Shapes, names: Mapping[str, str] | No
     ``names``: ONNX name of a dimension -> the identifier it goes by now; either may be used.
     Unknown names, sizes below 1 and two sizes for one dimension are refused.
     """
+    if not isinstance(shapes, Mapping):
+        raise InvalidModelError(
+            f"shapes: found {shapes!r}, allowed a mapping of dimensions or inputs to sizes"
+        )
     inputs = {value.name: value for value in graph_inputs(graph)}
     names = dict(names or {})
     sizes: dict[str, int] = {}
@@ -238,7 +242,7 @@ def bind_shapes(graph: GraphProto, shapes: Shapes, names: Mapping[str, str] | No
 
 def _size(size: object, where: str) -> int:
     try:
-        if operator.index(size) >= 1:
+        if 1 <= operator.index(size) < 2**63:
             return operator.index(size)
     except TypeError:
         pass

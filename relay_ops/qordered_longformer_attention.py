@@ -74,6 +74,7 @@ def check(bb: relax.BlockBuilder, node: Node) -> Problem:
     """Judge attributes, shapes and constant scales; section 5 of the specification."""
     order = _check_orders(node)
     num_heads, window = (_positive(node, name) for name in ("num_heads", "window"))
+    node.require(window < 2**30, 'attribute "window"', window, "less than 2**30")
     if node.rank("input") != 3:
         node.fail('input "input"', f"shape {_shown(node, 'input')}", "shape (B, S, H)")
     batch, seq, _ = node.shape("input")
@@ -319,7 +320,7 @@ def _hidden(node: Node) -> int:
     for name in ("weight", "global_weight"):
         if node.rank(name) != 2:
             node.fail(f'input "{name}"', f"shape {_shown(node, name)}", "shape (H, 3H)")
-    for name, axis in (("weight", 0), ("global_weight", 0), ("input", 2)):
+    for name, axis in (("input", 2), ("weight", 0), ("global_weight", 0)):
         if isinstance(hidden := node.shape(name)[axis], int):
             return hidden
     raise UnsupportedError(

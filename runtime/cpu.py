@@ -67,7 +67,12 @@ def features() -> frozenset[str] | None:
 
 def architecture() -> str:
     """Machine name, e.g. ``x86_64`` or ``aarch64``."""
-    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    return canonical_architecture(platform.machine())
+
+
+def canonical_architecture(name: str) -> str:
+    """One name for what systems and compilers call differently."""
+    return {"AMD64": "x86_64", "amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
 def available_cores() -> int:

@@ -54,7 +54,7 @@ class Manifest:
         try:
             data = json.loads(text)
             found = data.pop("format")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ArtifactError(f"{where}: found no manifest: {error}") from error
         if found != FORMAT:
             raise ArtifactError(f"{where}: found format {found}, allowed {FORMAT}")

@@ -73,7 +73,8 @@ class Module:
         ``inputs`` maps graph input names to anything with ``__dlpack__`` or ``__array__`` of the
         declared dtype (bfloat16 through ml_dtypes) and shape. Returns the outputs by name, in ONNX
         dtypes. Raises ``InvalidInputError`` (``InvalidInputTypeError`` for dtypes) before any
-        kernel starts.
+        kernel starts, for values computed inside the graph before the kernel that takes them;
+        ``OpferryError`` when memory runs out.
         """
         arrays = self._arrays(inputs)
         dims = bind_dimensions(self.inputs, arrays)
@@ -87,6 +88,8 @@ class Module:
                 result = main(*tensors)
             except (ValueError, AssertionError) as error:  # asserts of kernels and of the VM
                 raise InvalidInputError(str(error)) from error
+            except RuntimeError as error:  # of TVM's runtime: out of memory
+                raise OpferryError(f"run: the call failed: {error}") from error
         results = [result] if len(self.outputs) == 1 else list(result)
         return {spec.name: value.numpy() for spec, value in zip(self.outputs, results)}
 
@@ -99,6 +102,7 @@ class Module:
             raise ArtifactError(
                 f"{target}: found something that is no saved module, allowed a new folder"
             )
+        target = Path(os.path.realpath(target))  # a link stays and leads to the new module
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with _staging(target) as stage:

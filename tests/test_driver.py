@@ -312,6 +312,10 @@ def test_a_target_in_tvms_own_forms():
     [
         ("nope", OpferryError, "target: found 'nope', allowed 'llvm', .*x86-avx2"),
         ({"kind": "llvm", "mcpu": "zzz"}, OpferryError, "found mcpu 'zzz'"),
+        ({"kind": "llvm", "mtriple": "bogus-x"}, OpferryError, "found mtriple 'bogus-x'"),
+        ({"kind": "llvm", "mattr": ["+zzz"]}, OpferryError, r"found mattr '\+zzz'"),
+        ({"kind": "llvm", "mattr": ["avx2"]}, OpferryError, "found mattr 'avx2'"),
+        ({"kind": "llvm", "jit": "zzz"}, OpferryError, "target: found .*zzz"),
         ({"mcpu": "haswell"}, OpferryError, "target: found"),
         ("{broken", OpferryError, "target: found"),
         (7, OpferryError, "target: found 7"),
@@ -322,6 +326,15 @@ def test_a_target_in_tvms_own_forms():
 def test_wrong_targets_are_refused(target, kind, message):
     with pytest.raises(kind, match=message):
         targets.resolve(target)
+
+
+@pytest.mark.parametrize(
+    ("triple", "name"),
+    [("arm64-apple-macos", "aarch64"), ("aarch64-linux-gnu", "aarch64"), ("amd64-linux", "x86_64")],
+)
+def test_architectures_go_by_one_name(triple, name):
+    target = targets.resolve({"kind": "llvm", "mtriple": triple})
+    assert targets.architecture(target) == name
 
 
 def test_required_features_grow_with_the_target():
@@ -407,6 +420,19 @@ def test_save_keeps_off_what_is_no_module(module, tmp_path):
         with pytest.raises(ArtifactError, match="found something that is no saved module"):
             module.save(target)
     assert (tmp_path / "precious.txt").read_text() == "keep"
+
+
+def test_save_follows_a_link_to_an_older_module(module, tmp_path):
+    module.save(tmp_path / "v1")
+    (tmp_path / "v1" / "stray").write_text("of the old one")
+    (tmp_path / "current").symlink_to("v1")
+    module.save(tmp_path / "current")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["current", "v1"]
+    assert (tmp_path / "current").is_symlink()
+    assert sorted(file.name for file in (tmp_path / "v1").iterdir()) == [
+        "manifest.json",
+        "module.so",
+    ]
 
 
 def test_the_folders_mode_follows_the_umask(module, tmp_path):
@@ -530,11 +556,12 @@ def test_load_refuses_a_library_that_is_none(copy):
         (lambda text: text.replace('"float32"', '"float64"', 1), "found other content"),
         (lambda text: text[: len(text) // 2], "found no manifest"),
         (lambda text: "[]", "found no manifest"),
+        (lambda text: "[" * 100_000, "found no manifest"),
         (lambda text: "", "found no manifest"),
         (lambda text: text.replace('"format": 1', '"format": 99'), "found format 99, allowed 1"),
         (lambda text: json.dumps({"format": 1}), "found other content"),
     ],
-    ids=["name", "dtype", "cut", "list", "empty", "format", "gutted"],
+    ids=["name", "dtype", "cut", "list", "deep", "empty", "format", "gutted"],
 )
 def test_load_refuses_a_changed_manifest(copy, change, message):
     path = copy / "manifest.json"

@@ -342,10 +342,12 @@ def test_shapes_bind_dimensions(shapes, want):
         ({"x": 2}, 'input "x": found 2, allowed 3 dimensions'),
         ({"x": (2, 3, 9)}, "axis 2: found 9, allowed 8, which the model fixes"),
         ({"b": 0}, "dimension 'b': found 0, allowed a size of at least 1"),
+        ({"b": 2**63}, "dimension 'b': found 9223372036854775808, allowed a size"),
         ({"b": 2.5}, "dimension 'b': found 2.5, allowed a size"),
         ({"b": "two"}, "dimension 'b': found 'two', allowed a size"),
         ({"x": ("B", 3, 8)}, "axis 0: found 'B', allowed a size"),
         ({"b": 1, "x": (2, 3, 8)}, "dimension 'b': found 1 and 2, allowed one size"),
+        ([("b", 1)], "shapes: found .*, allowed a mapping"),
     ],
     ids=str,
 )
