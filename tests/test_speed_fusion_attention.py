@@ -481,6 +481,14 @@ def test_dropout(seed, form):
     check(feeds, head_num=2, input_layout="BNSD", scale=0.3, **attrs)
 
 
+def test_integers_of_both_widths():
+    """Each integer input is int64 or int32, whatever the others are."""
+    feeds = tnd([2, 0, 5], [3, 0, 4])
+    feeds["actual_seq_kvlen"] = feeds["actual_seq_kvlen"].astype(np.int32)
+    feeds |= {"seed": np.array([-5], np.int32), "offset": np.array(2**40)}
+    check(feeds, head_num=2, input_layout="TND", keep_prob=0.5)
+
+
 def test_dropout_of_everything():
     feeds = qkv()
     got = check(feeds, head_num=2, input_layout="BNSD", keep_prob=1e-11)
