@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import tvm
 from tvm import relax
-from tvm.ir import IRModule
+from tvm.ir import Expr, IRModule
 from tvm.ir.transform import Pass, PassContext, Sequential, module_pass
 from tvm.target import Target
 from tvm.tirx import PrimFunc
@@ -192,7 +192,16 @@ def _manifest(imported: Imported, target: Target) -> Manifest:
 def _dims(type_: relax.TensorType) -> tuple[int | str, ...]:
     if not isinstance(type_.shape, relax.ShapeExpr):
         return ("?",) * max(type_.ndim, 0)
-    return tuple(int(d) if isinstance(d, tvm.tirx.IntImm) else str(d) for d in type_.shape)
+    return tuple(_dim(d) for d in type_.shape)
+
+
+def _dim(dim: Expr) -> int | str:
+    """A size, or an expression of the names that the inputs' dimensions have."""
+    if isinstance(dim, tvm.tirx.IntImm):
+        return int(dim)
+    # The printer renames what is called like a prefix: by default T, I and R are.
+    prefixes = {"tirx.prefix": "tirx_", "relax.prefix": "relax_"}
+    return dim.script(int_dtype="int64", ir_prefix="ir_", extra_config=prefixes)
 
 
 def _plain(value: Any) -> Any:

@@ -80,7 +80,7 @@ def import_model(model: ModelProto, target: Target) -> Imported:
     if unsupported := unsupported_operators(model.graph):
         raise UnsupportedError(f"unsupported operators: {', '.join(unsupported)}")
     inputs = tuple(tensor_spec(value) for value in graph_inputs(model.graph))
-    importer = _Importer(inputs, target)
+    importer = _Importer(target)
     with _BUILDER:
         module = importer.convert(model)
     return Imported(
@@ -117,14 +117,19 @@ class _Importer(ONNXGraphImporter):
     attributes.
     """
 
-    def __init__(self, inputs: tuple[TensorSpec, ...], target: Target):
+    def __init__(self, target: Target):
         super().__init__(shape_dict={}, dtype_dict={}, sanitize=True)
         self.target = target
         self.ours: list[tuple[NodeProto, Op]] = []
         self.checks: list[Check] = []
         self.kernels: dict[str, dict[str, None]] = {}
         self._label = ""  # of the node being converted
-        self.symbols = frozenset(d for spec in inputs for d in spec.shape if isinstance(d, str))
+
+    @property
+    def symbols(self) -> frozenset[tirx.Var]:
+        """The symbolic dimensions of the graph's inputs."""
+        fed = [var for var in self._inputs.values() if isinstance(var, relax.Var)]
+        return frozenset(d for var in fed for d in var.ty.shape if isinstance(d, tirx.Var))
 
     def convert(self, model: ModelProto) -> IRModule:
         walked = ModelProto()

@@ -79,8 +79,8 @@ class Node:
     target: Target
     graph_inputs: dict[str, str] = field(default_factory=dict)
     """Input name -> graph input name, for inputs that are fed by the caller as they are."""
-    symbols: frozenset[str] = frozenset()
-    """Names of the dimensions that the graph's inputs declare."""
+    symbols: frozenset[tirx.Var] = frozenset()
+    """The symbolic dimensions that the graph's inputs declare."""
     runtime_checks: list[checks.Check] = field(default_factory=list)
     """Shared by all nodes of a model: what ``Module.run`` checks before anything starts."""
 
@@ -230,7 +230,7 @@ def tir_kernel(
     return bb.emit(relax.call_tir(var, [*args, *tir_vars], out_ty=out))
 
 
-def encode(value: object, symbols: frozenset[str]) -> checks.Encoded | None:
+def encode(value: object, symbols: frozenset[tirx.Var]) -> checks.Encoded | None:
     """A TIR expression over the graph's own dimensions as plain data for the manifest; ``None`` if
     it has others.
     """
@@ -239,7 +239,7 @@ def encode(value: object, symbols: frozenset[str]) -> checks.Encoded | None:
     if isinstance(value, tirx.IntImm):
         return int(value.value)
     if isinstance(value, tirx.Var):
-        return ["dim", value.name] if value.name in symbols else None
+        return ["dim", value.name] if value in symbols else None
     if isinstance(value, tirx.Cast):
         return encode(value.value, symbols)
     name = type(value).__name__

@@ -374,6 +374,12 @@ def test_two_dimensions_keep_two_names():
     assert name_dimensions(proto.graph) == {"n-1": "n_1", "n.1": "n_1_"}
 
 
+def test_outputs_have_the_names_of_the_inputs_dimensions():
+    text = "g (float[T,R] x, float[I,R] z) => (float[n,R] y) { y = Concat<axis=0>(x, z) }"
+    module = opferry.compile(model(text))
+    assert [spec.shape for spec in module.outputs] == [("T + I", "R")]
+
+
 def test_an_unnamed_dimension_can_be_named():
     proto = model("g (float[?,?] x) => (float[?,?] y) { y = Relu(x) }")
     assert opferry.compile(proto, shapes={"x": ("b", 3)}).inputs[0].shape == ("b", 3)

@@ -497,6 +497,56 @@ def test_lengths_computed_in_the_graph_are_asserted_by_the_kernel(counts, text):
         )
 
 
+def test_a_mask_of_unknown_size_is_not_taken_for_the_graph_input_of_its_name():
+    """A mask that a branch chooses, and a graph input "atten_mask" whose dimensions have no
+    names.
+    """
+    feeds, attrs = make((4, 3), (5, 5), atten="bool")
+    declared = [
+        helper.make_tensor_value_info(
+            name, helper.np_dtype_to_tensor_dtype(x.dtype), [None] * x.ndim
+        )
+        if name == "atten_mask"
+        else helper.make_tensor_value_info(
+            name, helper.np_dtype_to_tensor_dtype(x.dtype), list(x.shape)
+        )
+        for name, x in feeds.items()
+    ]
+    declared.append(helper.make_tensor_value_info("other", TensorProto.BOOL, ["P", "Q"]))
+    declared.append(helper.make_tensor_value_info("first", TensorProto.BOOL, []))
+    branches = [
+        helper.make_graph(
+            [helper.make_node("Identity", [source], [f"{source}_chosen"])],
+            source,
+            [],
+            [helper.make_tensor_value_info(f"{source}_chosen", TensorProto.BOOL, None)],
+        )
+        for source in ("atten_mask", "other")
+    ]
+    nodes = [
+        helper.make_node(
+            "If", ["first"], ["mask"], then_branch=branches[0], else_branch=branches[1]
+        ),
+        helper.make_node(
+            OP,
+            ["query", "key", "value", "mask", "", *LENGTHS],
+            ["", "", "attention_out"],
+            domain="npu",
+            **attrs,
+        ),
+    ]
+    out = helper.make_tensor_value_info("attention_out", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "chosen", declared, [out])
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("npu", 1)]
+    module = opferry.compile(helper.make_model(graph, opset_imports=imports, ir_version=10))
+    small = feeds["atten_mask"][:2]
+    given = feeds | {"atten_mask": small, "other": feeds["atten_mask"]}
+    got = module.run(given | {"first": np.array(False)})
+    assert_matches(feeds, attrs, got)
+    with pytest.raises(InvalidInputError, match='"atten_mask" rows'):
+        module.run(given | {"first": np.array(True)})
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -607,6 +657,10 @@ BAD_LENGTHS = {
         {"actual_sel_seq_kvlen": [3, 6]},
         r'"actual_sel_seq_kvlen": found 3 blocks in sequence 1, allowed 2, ceil\(6 compressed',
     ),
+    "overflow": (
+        {"actual_seq_qlen": [2**63 - 1, -(2**63)]},
+        '"actual_seq_qlen": found .*-9223372036854775808\\], allowed non-decreasing prefix sums',
+    ),
     "mask rows": ({"actual_seq_qlen": [0, 8]}, '"atten_mask": found 6 rows, allowed at least 8'),
     "mask columns": (
         {"actual_cmp_seq_kvlen": [0, 15], "actual_sel_seq_kvlen": [0, 4]},
@@ -650,6 +704,12 @@ def test_limit_of_compressed_keys():
     assert_matches(feeds, attrs, run(feeds, attrs))
     feeds, attrs = make((1,), (14001,), 1, 1, 2, 1, k=2)
     with pytest.raises(OpferryError, match="found 14001 keys in sequence 0, allowed at most 14000"):
+        run(feeds, attrs)
+
+
+def test_memory_that_runs_out_is_an_error_of_ours():
+    feeds, attrs = make((1 << 16,), (1,), 1, 1, 1, 1, k=2**31 - 1)
+    with pytest.raises(OpferryError, match="the call failed"):
         run(feeds, attrs)
 
 

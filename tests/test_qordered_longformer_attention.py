@@ -412,6 +412,7 @@ REFUSALS = {
     "heads do not divide": ({}, {"num_heads": 4}, r'"num_heads": found 4, allowed a divisor of'),
     "window missing": ({}, {"window": None}, r'"window": found 0, allowed at least 1'),
     "window": ({}, {"window": 3}, r"sequence length S: found 4, allowed a multiple of .* = 6"),
+    "window size": ({}, {"window": 2**63 - 1}, r'"window": found 9223.*, allowed less than 2'),
     "order_input missing": ({}, {"order_input": None}, r'"order_input": found 0, allowed 1 \(ROW'),
     "order_input": ({}, {"order_input": 3}, r'"order_input": found 3, allowed 1 .* or 2 '),
     "order_output missing": ({}, {"order_output": None}, r'"order_output": found 0, allowed 1 '),
@@ -438,7 +439,11 @@ REFUSALS = {
         r'"input": found shape \(4, 2\), allowed shape \(B, S, H\)',
     ),
     "weight rank": ({"weight": np.zeros(12, np.int8)}, {}, r'"weight": .*allowed shape \(H, 3H\)'),
-    "weight": ({"weight": np.zeros((6, 2), np.int8)}, {}, r'"input": .*|"weight": found shape'),
+    "weight": (
+        {"weight": np.zeros((6, 2), np.int8)},
+        {},
+        r'"weight": found shape \(6, 2\), allowed shape \(2, 6\)',
+    ),
     "global_weight": (
         {"global_weight": np.zeros((2, 2), np.int8)},
         {},
