@@ -20,7 +20,7 @@ The memory of a thread is O(C * D + R * D), whatever S1 and S2 are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,8 @@ from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops.attention import Sequence
+from ..intrin import x86_bf16
+from .attention_bf16 import PairTile
 from .attention_row import RowTile
 from .attention_task import opaque
 from .attention_tile import Tile
@@ -110,8 +112,13 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
             B, S1, S2 = _shape((problem.B, problem.S1, problem.S2), dims)
             parts = (problem, config, unit, buffers, _scalars(problem, buffers))
             divide = _packed_tasks if problem.layout == "TND" else _batch_tasks
-            with divide(problem, config, buffers, B, S1, S2) as task:
-                _emit(Tile(*parts), RowTile(*parts), task)
+            pairs = problem.dtype == "bfloat16" and x86_bf16.available(target)
+            tile = PairTile if pairs else Tile
+            with (
+                T.attr(0, x86_bf16.IMPORT, x86_bf16.SOURCE) if pairs else nullcontext(),
+                divide(problem, config, buffers, B, S1, S2) as task,
+            ):
+                _emit(tile(*parts), RowTile(*parts), task)
         return builder.get()
 
 

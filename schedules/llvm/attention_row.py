@@ -13,7 +13,7 @@ from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
 from .attention_task import Task
-from .vector import LOG2E, exp2_nonpositive, float32, load_lanes, max_lanes, sum_lanes, to_float32
+from .vector import exp2_nonpositive, float32, load_lanes, max_lanes, sum_lanes, to_float32
 
 
 class RowTile(Task):
@@ -103,7 +103,7 @@ class RowTile(Task):
         with T.serial(strips) as strip, T.vectorized(L) as v:
             key = strip * L + v
             j = tir.min(j0 + key, at.S2 - 1)
-            x = attention.score(p.pse_type, self.scores[key], self._row_bias(slope, i, j), p.scale)
+            x = self.score(self.scores[key], self._row_bias(slope, i, j))
             allowed = key < count
             if p.mask:
                 allowed = tir.all(allowed, self.mask_bit(i, j) == 0)
@@ -111,7 +111,7 @@ class RowTile(Task):
             T.buffer_store(self.scores, x, [key])
             T.buffer_store(lanes, tir.max(lanes[v], x), [v])
         top = T.Bind(tir.max(self.state[0], max_lanes(load_lanes(lanes, [0], L))))
-        step = T.Bind((self.state[0] - top) * float32(LOG2E))
+        step = T.Bind(self.state[0] - top)
         T.buffer_store(self.state, exp2_nonpositive(step), [2])
         T.buffer_store(self.state, top, [0])
         with T.vectorized(L) as v:
@@ -119,7 +119,7 @@ class RowTile(Task):
         draws = self.draws()
         with T.serial(strips) as strip, T.vectorized(L) as v:
             key = strip * L + v
-            x = T.Bind((self.scores[key] - self.state[0]) * float32(LOG2E))
+            x = T.Bind(self.scores[key] - self.state[0])
             w = T.Bind(exp2_nonpositive(x))
             T.buffer_store(lanes, lanes[v] + w, [v])
             if draws is not None:

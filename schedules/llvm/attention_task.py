@@ -13,7 +13,7 @@ from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
 from ...relay_ops.attention import Sequence
-from .vector import VectorUnit, float32, from_float32, to_float32
+from .vector import LN2, LOG2E, VectorUnit, float32, from_float32, to_float32
 
 if TYPE_CHECKING:
     from ...relay_ops.speed_fusion_attention import AttentionProblem
@@ -115,9 +115,26 @@ class Task:
             start = start.astype("int32")
         return attention.generated_bias(self.problem.pse_type, slope, i, j, start)
 
+    @property
+    def drops(self) -> bool:
+        """Dropout matters."""
+        return self.problem.keep_prob < 1 and self.wants_output
+
+    @property
+    def degree(self) -> int:
+        """Of the polynomial behind the weights: four is enough for results of half width."""
+        return 5 if self.problem.dtype == "float32" else 4
+
+    def score(self, qk: Expr, bias: Expr | None) -> Expr:
+        """x of the softmax in units of ln 2, so that the weight is a power of two."""
+        p = self.problem
+        if bias is not None and p.pse_type != 1:
+            bias = bias * float32(LOG2E)
+        return attention.score(p.pse_type, qk, bias, p.scale * LOG2E)
+
     def draws(self) -> tir.Buffer | None:
         """Room for the products of the generator's rounds, where dropout matters."""
-        if self.problem.keep_prob == 1 or not self.wants_output:
+        if not self.drops:
             return None
         shape = (2 * attention.PHILOX_ROUNDS, self.config.lanes)
         return T.alloc_buffer(shape, "uint64", scope="local")
@@ -149,9 +166,11 @@ class Task:
         return tir.Select(total > float32(0), inverse, float32(0))
 
     def store_records(self, r: Expr, top: Expr, total: Expr) -> None:
-        """softmax_max and softmax_sum of row i0 + r; a row without keys has a sum of 0 so far."""
+        """softmax_max and softmax_sum of row i0 + r from its maximum in units of ln 2 and its sum;
+        a row without keys has a sum of 0 so far.
+        """
         values = {
-            "softmax_max": (top, attention.EMPTY_ROW_MAX),
+            "softmax_max": (top * float32(LN2), attention.EMPTY_ROW_MAX),
             "softmax_sum": (total, attention.EMPTY_ROW_SUM),
         }
         for name, (value, empty) in values.items():

@@ -15,31 +15,16 @@ from tvm.tirx.script.builder import ir as T
 from ...relay_ops import attention
 from .attention_task import Task
 from .transpose import transpose_square
-from .vector import LOG2E, exp2_nonpositive, float32, to_float32
+from .vector import exp2_weight, float32, load_lanes, ramp, to_float32
 
 
 class Tile(Task):
     """Emits the statements of a task, across the lanes."""
 
     def emit(self) -> None:
-        p, c, i0 = self.problem, self.config, self.i0
+        c, i0 = self.config, self.i0
         self.groups = T.Bind((self.rows + (c.width - 1)) // c.width)
-        self.queries = T.alloc_buffer((c.groups * p.D, c.width))
-        self.scores = T.alloc_buffer((c.keys, c.width))
-        self.top = T.alloc_buffer((c.rows,))
-        self.sum = T.alloc_buffer((c.rows,))
-        self.tile_top = T.alloc_buffer((c.width,), scope="local")
-        self.correction = T.alloc_buffer((c.width,), scope="local")
-        if self.wants_output:
-            self.output = T.alloc_buffer((c.groups * p.D, c.width))
-        if p.dtype != "float32":
-            self.key_tile = T.alloc_buffer((c.keys, p.D))
-            if self.wants_output:
-                self.value_tile = T.alloc_buffer((c.keys, p.D))
-        if p.pse in ("rows", "packed"):
-            self.bias_tile = T.alloc_buffer((c.keys, c.width))
-        if p.mask:
-            self.cap_tile = T.alloc_buffer((c.keys, c.width))
+        self._allocate()
         self._load_queries()
         self._clear()
         seen = self.interval(i0, i0 + self.rows - 1)
@@ -50,6 +35,32 @@ class Tile(Task):
         self._store()
 
     # -- set-up and results -------------------------------------------------------------------
+
+    def _allocate(self) -> None:
+        p, c = self.problem, self.config
+        self.scores = T.alloc_buffer((c.keys, c.width))
+        self.top = T.alloc_buffer((c.rows,))
+        self.sum = T.alloc_buffer((c.rows,))
+        self.tile_top = T.alloc_buffer((c.width,), scope="local")
+        self.correction = T.alloc_buffer((c.width,), scope="local")
+        if self.wants_output:
+            self.output = T.alloc_buffer((c.groups * p.D, c.width))
+        self._allocate_operands()
+        if p.pse in ("rows", "packed"):
+            self.bias_tile = T.alloc_buffer((c.keys, c.width))
+        if self.drops:
+            self.kept = T.alloc_buffer((c.keys, c.width))
+        if p.mask:
+            self.cap_tile = T.alloc_buffer((c.keys, c.width))
+
+    def _allocate_operands(self) -> None:
+        """What the two products read."""
+        p, c = self.problem, self.config
+        self.queries = T.alloc_buffer((c.groups * p.D, c.width))
+        if p.dtype != "float32":
+            self.key_tile = T.alloc_buffer((c.keys, p.D))
+            if self.wants_output:
+                self.value_tile = T.alloc_buffer((c.keys, p.D))
 
     def _load_queries(self) -> None:
         """queries[group * D + d][r] = query row i0 + group * W + r; rows beyond S1 repeat the
@@ -161,10 +172,7 @@ class Tile(Task):
 
     def _key_tile(self, j0: Expr, count: Expr) -> None:
         p, c = self.problem, self.config
-        if p.dtype != "float32":
-            self._convert("key", self.key_tile, j0, count)
-            if self.wants_output:
-                self._convert("value", self.value_tile, j0, count)
+        self._stage(j0, count)
         with T.serial(self.groups) as group:
             r0 = T.Bind(group * c.width)
             first_row = self.i0 + r0
@@ -189,6 +197,13 @@ class Tile(Task):
                 self._weights(r0, j0, count)
                 if self.wants_output:
                     self._accumulate(group, j0, count)
+
+    def _stage(self, j0: Expr, count: Expr) -> None:
+        """Keys and values of the tile, as the products want them."""
+        if self.problem.dtype != "float32":
+            self._convert("key", self.key_tile, j0, count)
+            if self.wants_output:
+                self._convert("value", self.value_tile, j0, count)
 
     def _convert(self, name: str, tile: tir.Buffer, j0: Expr, count: Expr) -> None:
         p, L = self.problem, self.config.lanes
@@ -228,12 +243,13 @@ class Tile(Task):
                 T.buffer_store(self.bias_tile, self.bias_element(i, j0 + j), [j, r])
 
     def _scores(self, group: Expr, r0: Expr, j0: Expr, count: Expr, masked: bool) -> None:
-        """scores[j][r] and the tile's row maxima, one register tile of ``unroll`` keys at a time.
+        """scores[j][r] in units of ln 2 and the tile's row maxima, ``unroll`` keys at a time in a
+        register tile.
 
         With ``masked`` the pairs that are not allowed, and what lies beyond ``count``, become minus
         infinity.
         """
-        p, c = self.problem, self.config
+        c = self.config
         L = c.lanes
         with T.serial((count + (c.unroll - 1)) // c.unroll) as step:
             keys = [T.Bind(step * c.unroll + k) for k in range(c.unroll)]
@@ -241,15 +257,7 @@ class Tile(Task):
             acc = T.alloc_buffer((c.unroll, c.width), scope="local")
             for k in range(c.unroll):
                 self._fill(acc, k, lambda r: float32(0))
-            sources = [self._key_source(j0, key, last) for key in keys]
-            with T.serial(p.D) as d:
-                for k in range(c.unroll):
-                    scalar = T.Bind(sources[k](d))
-                    for u in range(c.vectors):
-                        with T.vectorized(L) as v:
-                            r = u * L + v
-                            product = scalar * self.queries[group * p.D + d, r]
-                            T.buffer_store(acc, acc[k, r] + product, [k, r])
+            self._multiply_keys(acc, group, j0, keys, last)
             for k, key in enumerate(keys):
                 j = T.Bind(j0 + key)
                 common = self._common_bias(j, key)
@@ -258,11 +266,26 @@ class Tile(Task):
                         r = u * L + v
                         i = self.i0 + r0 + r
                         bias = self._bias(common, i, j, key, r)
-                        x = T.Bind(attention.score(p.pse_type, acc[k, r], bias, p.scale))
+                        x = T.Bind(self.score(acc[k, r], bias))
                         if masked:
                             x = T.Bind(self._masked(x, i, j, key, r))
                         T.buffer_store(self.scores, x, [key, r])
                         T.buffer_store(self.tile_top, tir.max(self.tile_top[r], x), [r])
+
+    def _multiply_keys(
+        self, acc: tir.Buffer, group: Expr, j0: Expr, keys: list[Expr], last: Expr | None
+    ) -> None:
+        """acc[k][r] += key k . query r"""
+        p, c = self.problem, self.config
+        sources = [self._key_source(j0, key, last) for key in keys]
+        with T.serial(p.D) as d:
+            for k, source in enumerate(sources):
+                scalar = T.Bind(source(d))
+                for u in range(c.vectors):
+                    with T.vectorized(c.lanes) as v:
+                        r = u * c.lanes + v
+                        product = scalar * self.queries[group * p.D + d, r]
+                        T.buffer_store(acc, acc[k, r] + product, [k, r])
 
     def _fill(self, buffer: tir.Buffer, row: Expr | int, value: Callable[[Expr], Expr]) -> None:
         c = self.config
@@ -302,38 +325,59 @@ class Tile(Task):
         return tir.Select(allowed, x, float32(float("-inf")))
 
     def _weights(self, r0: Expr, j0: Expr, count: Expr) -> None:
-        """scores become weights 2**((x - maximum) * log2 e); maximum, sum, correction follow."""
+        """scores become weights 2**(x - maximum); maximum, sum, correction follow."""
         c = self.config
         L = c.lanes
-        top = T.alloc_buffer((c.width,), scope="local")
-        total = T.alloc_buffer((c.width,), scope="local")
+        tops = []
+        total = T.alloc_buffer((c.vectors, L), scope="local")
         for u in range(c.vectors):
-            with T.vectorized(L) as v:
-                r = u * L + v
-                before = T.Bind(self.top[r0 + r])
-                now = T.Bind(tir.max(before, self.tile_top[r]))
-                step = T.Bind((before - now) * float32(LOG2E))
-                T.buffer_store(top, now, [r])
-                T.buffer_store(self.top, now, [r0 + r])
-                T.buffer_store(self.correction, exp2_nonpositive(step), [r])
-                T.buffer_store(total, float32(0), [r])
+            strip = ramp(r0 + u * L, L)
+            before = T.Bind(tir.BufferLoad(self.top, [strip]))
+            top = T.Bind(tir.max(before, load_lanes(self.tile_top, [u * L], L)))
+            step = T.Bind(before - top)
+            T.buffer_store(self.top, top, [strip])
+            correction = exp2_weight(step, self.unit, self.degree)
+            T.buffer_store(self.correction, correction, [ramp(u * L, L)])
+            T.buffer_store(total, tir.Broadcast(float32(0), L), [u, ramp(0, L)])
+            tops.append(top)
         draws = self.draws()
+        if draws is not None:
+            self._stage_draws(draws, r0, j0, count)
+
+        def weight(j: Expr, u: int) -> Expr:
+            x = T.Bind(load_lanes(self.scores, [j, u * L], L) - tops[u])
+            w = T.Bind(exp2_weight(x, self.unit, self.degree))
+            sum_ = load_lanes(total, [u, 0], L) + w
+            T.buffer_store(total, sum_, [u, ramp(0, L)])
+            if draws is None:
+                return w
+            kept = load_lanes(self.kept, [j, u * L], L)
+            return T.Bind(w * kept)
+
+        self._each_weight(count, weight)
+        for u in range(c.vectors):
+            strip = ramp(r0 + u * L, L)
+            correction = load_lanes(self.correction, [u * L], L)
+            value = tir.BufferLoad(self.sum, [strip]) * correction
+            T.buffer_store(self.sum, value + load_lanes(total, [u, 0], L), [strip])
+
+    def _each_weight(self, count: Expr, weight: Callable[[Expr, int], Expr]) -> None:
+        """Store weight(j, u) of every key j and register u of rows for the second product."""
+        c = self.config
         with T.serial(count) as j:
             for u in range(c.vectors):
-                with T.vectorized(L) as v:
-                    r = u * L + v
-                    x = T.Bind((self.scores[j, r] - top[r]) * float32(LOG2E))
-                    w = T.Bind(exp2_nonpositive(x))
-                    T.buffer_store(total, total[r] + w, [r])
-                    if draws is not None:
-                        kept = self.keep(draws, v, r0 + r, j0 + j)
-                        w = tir.Select(kept, w, float32(0))
-                    T.buffer_store(self.scores, w, [j, r])
-        for u in range(c.vectors):
-            with T.vectorized(L) as v:
-                r = u * L + v
-                value = self.sum[r0 + r] * self.correction[r] + total[r]
-                T.buffer_store(self.sum, value, [r0 + r])
+                value = weight(j, u)
+                T.buffer_store(self.scores, value, [j, ramp(u * c.lanes, c.lanes)])
+
+    def _stage_draws(self, draws: tir.Buffer, r0: Expr, j0: Expr, count: Expr) -> None:
+        """kept[j][r] = 1 where dropout keeps the pair, else 0."""
+        c = self.config
+        with T.serial(count) as j:
+            for u in range(c.vectors):
+                with T.vectorized(c.lanes) as v:
+                    r = u * c.lanes + v
+                    kept = self.keep(draws, v, r0 + r, j0 + j)
+                    T.buffer_store(self.kept, tir.Select(kept, float32(1), float32(0)), [j, r])
 
     def _accumulate(self, group: Expr, j0: Expr, count: Expr) -> None:
         """output = output * correction + weights @ values, ``unroll`` elements of D at a time."""
@@ -349,20 +393,26 @@ class Tile(Task):
         self, group: Expr, j0: Expr, count: Expr, first: Expr, width: int
     ) -> None:
         p, c = self.problem, self.config
-        L = c.lanes
         acc = T.alloc_buffer((width, c.width), scope="local")
         for k in range(width):
             row = group * p.D + first + k
             self._fill(acc, k, lambda r, row=row: self.output[row, r] * self.correction[r])
+        self._multiply_values(acc, j0, count, first, width)
+        for k in range(width):
+            self._fill(self.output, group * p.D + first + k, lambda r, k=k: acc[k, r])
+
+    def _multiply_values(
+        self, acc: tir.Buffer, j0: Expr, count: Expr, first: Expr, width: int
+    ) -> None:
+        """acc[k][r] += sum over j of value[j][first + k] * weight[j][r]"""
+        c = self.config
         with T.serial(count) as j:
             for k in range(width):
-                if p.dtype == "float32":
+                if self.problem.dtype == "float32":
                     scalar = T.Bind(self.kv("value", j0 + j, first + k))
                 else:
                     scalar = T.Bind(self.value_tile[j, first + k])
                 for u in range(c.vectors):
-                    with T.vectorized(L) as v:
-                        r = u * L + v
+                    with T.vectorized(c.lanes) as v:
+                        r = u * c.lanes + v
                         T.buffer_store(acc, acc[k, r] + scalar * self.scores[j, r], [k, r])
-        for k in range(width):
-            self._fill(self.output, group * p.D + first + k, lambda r, k=k: acc[k, r])
