@@ -23,6 +23,7 @@ from ..runtime.module import Module, versions
 from ..runtime.quiet import without_noise
 from ..schedules.apply import ApplySchedules
 from . import target as targets
+from .fuse_rows import FuseRows
 
 Progress = Callable[[str], None]
 """Told the name of each step before it starts."""
@@ -107,7 +108,7 @@ def pipeline(target: Target, dump_ir: str | os.PathLike[str] | None = None) -> P
     dump = _dumper(dump_ir)
     return Sequential(
         [
-            # 1. Graph: TVM operators to TE, elementwise neighbours fused; our kernels are opaque.
+            # 1. Graph: TVM operators to TE, what belongs to a row or an element fused; ours are opaque.
             relax.transform.DecomposeOpsForInference(),
             relax.transform.CanonicalizeBindings(),
             relax.backend.DispatchSampling(),
@@ -115,6 +116,7 @@ def pipeline(target: Target, dump_ir: str | os.PathLike[str] | None = None) -> P
             relax.transform.LegalizeOps(),
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FoldConstant(),
+            FuseRows(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
             relax.transform.DeadCodeElimination(["main"]),

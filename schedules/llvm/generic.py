@@ -3,10 +3,11 @@
 No rule knows an operator: they look at loops, in this order, and each leaves one nest.
 
 Columns      MatMul, ReduceSum over a leading axis: what is reduced is contiguous along the output
-parallel(outer) { unroll(rows) x reduction x vectorised columns, in registers } Rows
-LayerNormalization, Softmax, ReduceMax: what is reduced is contiguous itself parallel(rows) {
-lane-wise partial reductions; the lanes; elementwise, vectorised } Elementwise  parallel(outer) {
-vectorised inner }
+             parallel(outer) { unroll(rows) x reduction x vectorised columns, in registers }
+Rows         LayerNormalization, Softmax, ReduceMax, and what `driver.fuse_rows` joins to them: what
+             is reduced is contiguous itself
+             parallel(rows) { each block for one row; lane-wise partial reductions, vectorised }
+Elementwise  parallel(outer) { vectorised inner }
 
 A function that fits none is left as it is: serial, and correct.
 """
@@ -14,6 +15,7 @@ A function that fits none is left as it is: serial, and correct.
 from __future__ import annotations
 
 from tvm import tirx
+from tvm.ir.expr import TensorLoad
 from tvm.s_tir import Schedule, ScheduleError
 from tvm.s_tir.dlight.analysis import SBlockInfo, normalize_prim_func
 from tvm.s_tir.dlight.base import get_extent
@@ -53,7 +55,9 @@ class _Rule:
 
 
 class Rows(_Rule):
-    """Reductions over trailing axes and elementwise blocks over the same leading axes."""
+    """Reductions over trailing axes and elementwise blocks over the same leading axes: all of it
+    for one row, then the next.
+    """
 
     def schedule(self, sch, blocks, target):
         kinds = [info.dom_kind() for info in blocks]
@@ -63,42 +67,50 @@ class Rows(_Rule):
         trailing = {kind[leading:] for kind in kinds}
         if not leading or not trailing <= {"", "S", "R", "SS", "RR", "SSS", "RRR"}:
             return None
-        last = blocks[-1].block_rv
-        if not blocks[-1].is_injective():
-            if not all(info.is_injective() for info in blocks[:-1]):
-                return None
-            for info in blocks[:-1]:
-                sch.compute_inline(info.block_rv)
-            return self._lone(sch, last, leading, target)
-        loops = sch.get_loops(last)
-        row = sch.fuse(*loops[:leading])
+        rows: list[LoopRV] = []
         partial: list[SBlockRV] = []
-        for info in reversed(blocks[:-1]):
+        for info in _without_temporaries(sch, blocks):
             block = info.block_rv
-            if info.is_injective():
-                sch.compute_at(block, row)
-                if info.dom_kind()[leading:]:
-                    _vectorize_last(sch, block, target)
-                continue
-            lane = _lane_partials(sch, block, leading, target)
-            sch.compute_at(block, row)
+            lane = None if info.is_injective() else _lane_partials(sch, block, leading, target)
             if lane is not None:
-                sch.compute_at(lane, row)
+                rows.append(sch.fuse(*sch.get_loops(lane)[:leading]))
                 partial.append(lane)
-        if kinds[-1][leading:]:
-            _vectorize_last(sch, last, target)
-        sch.parallel(row)
+            rows.append(sch.fuse(*sch.get_loops(block)[:leading]))
+            if info.is_injective() and info.dom_kind()[leading:]:
+                _vectorize_last(sch, block, target)
+        sch.parallel(sch.merge(*rows) if len(rows) > 1 else rows[0])
         _vectorize_lanes(sch, partial)
         return sch
 
-    def _lone(self, sch: Schedule, block: SBlockRV, leading: int, target: Target) -> Schedule:
-        lane = _lane_partials(sch, block, leading, target)
-        row = sch.fuse(*sch.get_loops(block)[:leading])
-        if lane is not None:
-            sch.compute_at(lane, row)
-        sch.parallel(row)
-        _vectorize_lanes(sch, [lane] if lane is not None else [])
-        return sch
+
+def _without_temporaries(sch: Schedule, blocks: list[SBlockInfo]) -> list[SBlockInfo]:
+    """Inline what is read by one block of the same shape, or only converts its input; the rest is
+    computed once a row.
+    """
+    kept = []
+    parameters = set(sch.mod["main"].params)
+    for info in blocks:
+        consumers = sch.get_consumers(info.block_rv)
+        shape = len(info.iters)
+        if (
+            info.is_injective()
+            and consumers
+            and sch.get(info.block_rv).writes[0].source not in parameters
+            and (len(consumers) == 1 or _converts(sch, info.block_rv))
+            and all(len(sch.get(block).iter_vars) <= shape for block in consumers)
+        ):
+            sch.compute_inline(info.block_rv)
+        else:
+            kept.append(info)
+    return kept
+
+
+def _converts(sch: Schedule, block: SBlockRV) -> bool:
+    """The block copies or casts one element."""
+    value = sch.get(block).body.value
+    while isinstance(value, tirx.Cast):
+        value = value.value
+    return isinstance(value, TensorLoad)
 
 
 def _lane_partials(sch: Schedule, block: SBlockRV, leading: int, target: Target) -> SBlockRV | None:
@@ -118,7 +130,7 @@ def _lane_partials(sch: Schedule, block: SBlockRV, leading: int, target: Target)
 
 
 def _vectorize_lanes(sch: Schedule, blocks: list[SBlockRV]) -> None:
-    """Of each partial reduction's loops (row, lane, chunk) put the lanes innermost, its zeros
+    """Of each partial reduction's loops (row, chunk, lane) vectorise the lanes; its zeros come
     before the chunks.
 
     Decomposed blocks are no longer what TVM calls a reduction, and nothing around them can be
@@ -126,8 +138,7 @@ def _vectorize_lanes(sch: Schedule, blocks: list[SBlockRV]) -> None:
     """
     chunks = []
     for block in blocks:
-        *_, lane, chunk = sch.get_loops(block)
-        sch.reorder(chunk, lane)
+        *_, chunk, lane = sch.get_loops(block)
         sch.vectorize(lane)
         chunks.append(chunk)
     for block, chunk in zip(blocks, chunks):
