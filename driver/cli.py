@@ -57,7 +57,7 @@ def _shape(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
     for value in values:
         name, equals, dims = value.rpartition("=")
         sizes = [None if size.strip() == "?" else size.strip() for size in dims.split(",")]
-        if not equals or not all(size is None or size.isdigit() for size in sizes):
+        if not equals or not all(size is None or size.isdecimal() for size in sizes):
             raise click.BadParameter(
                 f"found {value!r}, allowed NAME=SIZE or INPUT=SIZE,SIZE,... with ? for open ones"
             )

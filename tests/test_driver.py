@@ -707,7 +707,7 @@ def test_threads_by_argument_and_by_environment(saved):
     )
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", ""])
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", "", "²"])
 def test_a_wrong_number_of_threads_in_the_environment(monkeypatch, value):
     monkeypatch.setenv(thread_pool.VARIABLE, value)
     with pytest.raises(

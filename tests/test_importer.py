@@ -57,6 +57,22 @@ def test_every_unsupported_operator_is_named_once():
         run(text, head=head)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "error", "message"),
+    [
+        ("y = Relu(nowhere)", InvalidModelError, "input 'nowhere' of node.*not output of any"),
+        ("s = SequenceConstruct(x) y = SequenceAt(s, x)", InvalidModelError, "SequenceAt"),
+        ("y = Hardmax(x) y = Relu(x)", InvalidModelError, "'y' has been used as output names"),
+        ("s = Shape(x) y = RandomNormalLike(x)", UnsupportedError, "operators: RandomNormalLike"),
+    ],
+)
+def test_an_output_without_a_rank_does_not_hide_what_is_wrong(nodes, error, message):
+    proto = model(f"g (float[2,3] x) => (float[2,3] y) {{ {nodes} }}")
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(error, match=f"(?s){message}"):
+        opferry.compile(proto)
+
+
 def test_an_operator_of_a_subgraph_counts():
     head = '<ir_version: 9, opset_import: ["": 17, "foreign": 1]>'
     text = """g (bool p, float[2,3] x) => (float[2,3] y) { y = If (p) <
