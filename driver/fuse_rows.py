@@ -100,7 +100,7 @@ class _Block:
             return self.block
         kept_of = {b.var: group for group in kept for b in group.members}
         for binding in self.bindings:
-            for var in _variables(_value(binding)):
+            for var in _variables(binding.value):
                 if var in kept_of and kept_of.get(binding.var) is not kept_of[var]:
                     self.used_outside.add(var)
         return relax.DataflowBlock(self._ordered(kept_of))
@@ -109,7 +109,7 @@ class _Block:
         """Decide the group of a binding: that of one of its inputs, where no path leads out of that
         group and back, or a new one.
         """
-        value = _value(binding)
+        value = binding.value
         inputs = _variables(value)
         before = frozenset().union(*(self.groups_before.get(var, frozenset()) for var in inputs))
         group = None
@@ -142,7 +142,7 @@ class _Block:
         self.groups_before[binding.var] = before
 
     def _kernel_of(self, binding: relax.Binding) -> _Kernel | None:
-        value = _value(binding)
+        value = binding.value
         if (
             not isinstance(binding.var, relax.DataflowVar)
             or not isinstance(value, Call)
@@ -175,7 +175,7 @@ class _Block:
             done.add(id(node))
             members = [binding] if group is None else group.members
             for member in members:
-                for var in _variables(_value(member)):
+                for var in _variables(member.value):
                     if var in producer and kept_of.get(var) is not (group or self):
                         emit(producer[var])
             ordered.extend([binding] if group is None else self._call(group))
@@ -335,10 +335,6 @@ def _is_one(size: tirx.Expr) -> bool:
 
 def _same(a: Sequence[tirx.Expr], b: Sequence[tirx.Expr]) -> bool:
     return len(a) == len(b) and all(structural_equal(x, y) for x, y in zip(a, b))
-
-
-def _value(binding: relax.Binding) -> relax.Expr:
-    return binding.input if isinstance(binding, relax.MatchCast) else binding.value
 
 
 def _variables(value: relax.Expr) -> list[relax.Var]:
