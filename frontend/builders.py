@@ -379,8 +379,8 @@ def speed_fusion_attention(
         "next_tokens": next_tokens,
         "inner_precise": inner_precise,
         "sparse_mode": sparse_mode,
-        "gen_mask_parallel": int(gen_mask_parallel),
-        "sync": int(sync),
+        "gen_mask_parallel": gen_mask_parallel,
+        "sync": sync,
         "pse_type": pse_type,
         "softmax_layout": softmax_layout,
     }

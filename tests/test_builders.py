@@ -226,6 +226,11 @@ BUILDERS = {
         InvalidTypeError,
         'attribute "scale": found type STRING, allowed type FLOAT',
     ),
+    "speed_flag": (
+        lambda: speed_fusion_attention("q", "k", "v", 2, "BSH", sync="yes"),
+        InvalidTypeError,
+        'attribute "sync": found type STRING, allowed type INT',
+    ),
     "speed_start": (
         lambda: speed_fusion_attention("q", "k", "v", 2, "BSH", q_start_idx=3),
         InvalidTypeError,
