@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 from tvm import relax, tirx
 from tvm.ir import Call, GenericConst, IRModule, PrimType
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_convert_map
@@ -51,6 +51,10 @@ _TAKES_SHAPES = frozenset(
     }
 )
 """Operators whose converters take a ShapeExpr as it is; for the others it becomes a tensor."""
+
+_SMALL_INTEGERS = frozenset(
+    {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16}
+)
 
 _BUILDER = threading.Lock()  # TVM's BlockBuilder keeps one stack for the whole process
 
@@ -197,6 +201,8 @@ class _Importer(ONNXGraphImporter):
         try:
             if op_name.startswith(_PREFIX):
                 return self._lower(*self.ours[int(op_name.removeprefix(_PREFIX))], inputs)
+            if op_name == "Cast" and _narrows(inputs[0], attrs["to"]):
+                return self._narrowed(inputs[0], attrs["to"])
             if op_name != "Gather":
                 return super()._convert_operator(op_name, inputs, attrs, opset)
             if (dims := _gathered_dims(inputs[0], inputs[1])) is not None:
@@ -205,6 +211,15 @@ class _Importer(ONNXGraphImporter):
             return self._bounded(gather, inputs[1], attrs.get("axis", 0))
         except Exception as error:
             raise _Refused(error) from error
+
+    def _narrowed(self, x: relax.Expr, to: int) -> relax.Expr:
+        """Cast of floats to integers of at most 16 bits as TVM's importer defines it, modulo 2^bits
+        and 0 for what is not finite, but with the conversion's own truncation for the modulus.
+        """
+        zero = relax.const(0, x.ty.dtype)
+        finite = self.bb.emit(relax.op.where(relax.op.isfinite(x), x, zero))
+        whole = self.bb.emit(relax.op.astype(finite, "int32"))
+        return self.bb.emit(relax.op.astype(whole, helper.tensor_dtype_to_np_dtype(to).name))
 
     def _bounded(self, gather: relax.Expr, indices: relax.Expr, axis: int) -> relax.Expr:
         """A Gather that never reads outside its table; indices of the caller are judged before."""
@@ -307,6 +322,15 @@ def _naming(label: str, error: BaseException) -> OpferryError:
     refusal = UnsupportedError(f"{label}: TVM's importer cannot convert it: {error}")
     refusal.__cause__ = error
     return refusal
+
+
+def _narrows(x: relax.Expr, to: int) -> bool:
+    return (
+        to in _SMALL_INTEGERS
+        and isinstance(x.ty, relax.TensorType)
+        and not isinstance(x, GenericConst)
+        and str(x.ty.dtype) in ("float16", "float32", "float64")
+    )
 
 
 def _gathered_dims(data: relax.Expr, indices: relax.Expr) -> relax.ShapeExpr | None:
