@@ -108,7 +108,7 @@ def pipeline(target: Target, dump_ir: str | os.PathLike[str] | None = None) -> P
     dump = _dumper(dump_ir)
     return Sequential(
         [
-            # 1. Graph: TVM operators to TE, what belongs to a row or an element fused; ours are opaque.
+            # 1. Graph: TVM operators to TE, those of a row and elementwise ones fused; ours opaque.
             relax.transform.DecomposeOpsForInference(),
             relax.transform.CanonicalizeBindings(),
             relax.backend.DispatchSampling(),

@@ -118,6 +118,55 @@ def test_rules_fire(graph):
         assert "T.vectorized" in script
 
 
+QUANTISED = (  # normalised rows and their quantisation: three results of one kernel
+    "float[{b},{s},H] x, float[{b},{s},H] z, float[H] g, float[H] h",
+    "a = Add(x, z) y = LayerNormalization<axis=-1>(a, g, h) e = Erf(y) t = Mul(y, e) m = Abs(t) "
+    "n = Constant<value_ints=[-1]>() l = ReduceMax(m, n) c = Constant<value_float=127.0>() "
+    "d = Div(l, c) q = Div(t, d) r = Round(q) o = Cast<to=3>(r)",
+)
+
+
+@pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
+@pytest.mark.parametrize("size", SHAPES)
+def test_rows_are_one_kernel(size, symbolic, tmp_path):
+    """A normalisation and what quantises it, whose results the graph uses all, against ONNX's own
+    reference; one kernel.
+    """
+    b, s, h, _ = SHAPES[size]
+    inputs, body = QUANTISED
+    model = _model(inputs, body, "b" if symbolic else b, "s" if symbolic else s, h)
+    for name in ("y", "d"):
+        model.graph.output.append(onnx.ValueInfoProto(name=name))
+        model.graph.output[-1].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    feeds = {value.name: f32(*_sizes(value, b=b, s=s)) for value in model.graph.input}
+    o, y, d = ReferenceEvaluator(model).run(None, feeds)
+    result = opferry.compile(model, dump_ir=tmp_path).run(feeds)
+    np.testing.assert_allclose(result["y"], y, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(result["d"], d, rtol=2e-5, atol=1e-7)
+    if h > 1:  # a row of one element is 0 and its scale too
+        assert np.abs(result["o"].astype(int) - o).max() <= 1
+        assert (tmp_path / "graph.py").read_text().count("R.call_tir(") == 1
+
+
+def test_rows_keep_the_order_of_dependencies():
+    """A product between a row's kernels depends on one and feeds another: two kernels, not a
+    cycle.
+    """
+    model = _model(
+        "float[{b},{s},H] x, float[H,H] w",
+        "n = Constant<value_ints=[-1]>() l = ReduceMax(x, n) y = Sub(x, l) p = MatMul(y, w) "
+        "t = Add(p, y) m = ReduceMax(t, n) o = Sub(t, m)",
+        "b",
+        "s",
+        7,
+    )
+    feeds = {value.name: f32(*_sizes(value, b=3, s=5)) for value in model.graph.input}
+    (expected,) = ReferenceEvaluator(model).run(None, feeds)
+    np.testing.assert_allclose(
+        opferry.compile(model).run(feeds)["o"], expected, rtol=2e-5, atol=2e-5
+    )
+
+
 def _scheduled(model):
     from tvm.ir.transform import Sequential
 
