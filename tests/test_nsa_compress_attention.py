@@ -189,6 +189,10 @@ CASES = {
     "short heads": make((7,), (11,), d=5, dv=3, atten="bool", topk="uint8"),
     "float16": make((19, 4), (70, 33), 8, 2, 24, 20, F16, atten="bool", topk="bool", k=7),
     "bfloat16": make((19, 4), (70, 33), 8, 2, 24, 20, BF16, atten="uint8", topk="uint8", k=7),
+    "bfloat16, odd heads": make(
+        (19, 4), (70, 33), 8, 2, 23, 19, BF16, spare=(2, 1), atten="bool", k=7
+    ),
+    "bfloat16, several key chunks": make((9, 3), (700, 300), 2, 1, 8, 8, BF16, atten="bool", k=16),
     "float32": make((19, 4), (70, 33), 8, 2, 24, 20, F32, atten="uint8", topk="bool", k=7),
     "G 1": make((67, 1), (35, 18), 3, 3, atten="bool"),
     "G 2": make((37, 2), (35, 18), 6, 3, 16, 16, atten="bool"),

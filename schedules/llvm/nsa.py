@@ -2,7 +2,7 @@
 
 parallel(h2, key slot)                 pack K to [slot][Dqk][lanes], V to [channels][key][panel]
 parallel(h2, tile of query rows)
-Q [blocks][Dqk][MR] in float32
+Q [rows][Dqk]
 for key group:                       products, groups that the mask hides altogether left out
 limits [rows][group]               what a score may be at most: inf, -FLT_MAX, -inf
 for block: S = scale * Q . K       register tile MR x NV vectors, lanes run over keys
@@ -18,6 +18,10 @@ so that a key/value tile serves the whole group. S, later P, of one tile is all 
 probabilities: height x CmpSkv floats a thread, CmpSkv <= 14000. It lies as
 [block][slot][MR][lanes]: what a register tile writes or reads is contiguous, whatever the number of
 keys.
+
+Factors of the products are float32, or bfloat16 where storage and target have it: then neighbours
+along the reduction (channels of Q and K, keys of P and V) lie in pairs, whose two products one
+instruction adds to a float32 lane. M, L and the scores come from float32 P either way.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from tvm.script import tirx as T
 from tvm.target import Target
 from tvm.tirx import PrimFunc
 
+from ..intrin import x86_bf16
 from .nsa_lengths import find_sequence, first_slot, guard, slots, start
 from .nsa_select import scoring, selection
 from .vector import (
@@ -87,6 +92,10 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
     L, MR, NV, KG = t.lanes, t.rows, t.vectors, t.group
     ROWS, BLOCKS, M = t.height // G, t.height // t.rows, t.height
     CHUNK = t.chunk
+    # Factors of the products: float32, or pairs of bfloat16 along the reduction.
+    paired = p.dtype == "bfloat16" and x86_bf16.available(target)
+    STEP, FACTOR = (2, "uint16") if paired else (1, "float32")
+    DP = math.ceil(D / STEP) * STEP
     has_mask, has_forced = p.atten_mask is not None, p.topk_mask is not None
     mask_dtype, forced_dtype = p.atten_mask or "bool", p.topk_mask or "bool"
     LIMITS = ROWS if has_mask else 1  # without a mask one row of limits serves all
@@ -101,6 +110,19 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
 
     def most_groups(key_tokens):
         return T.ceildiv(T.min(key_tokens, p.cmp_skv_limit), KG)
+
+    def factor(value):
+        """A stored element as it is multiplied."""
+        return T.reinterpret(value, dtype="uint16") if paired else to_float32(value, unit)
+
+    def multiply_add(acc, a, b):
+        """The vector acc + a * b; a is an index of one factor or pair, b of a vector of them."""
+        (left, *at), (right, *start_) = a, b
+        if not paired:
+            return acc + T.broadcast(left[tuple(at)], L) * load_lanes(right, start_, L)
+        pair = T.reinterpret(load_lanes(left, at, 2), dtype="uint32")
+        pairs = T.reinterpret(load_lanes(right, start_, 2 * L), dtype=f"uint32x{L}")
+        return x86_bf16.dot(acc, T.broadcast(pair, L), pairs)
 
     def limit(masked):
         return T.Select(T.Cast("int32", masked) != 0, low, inf)
@@ -139,13 +161,14 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
             for v in T.unroll(NV):
                 for l in T.vectorized(L):
                     acc[r, v, l] = zero
-        for c in range(D):
+        for c in range(DP // STEP):
             for r in T.unroll(MR):
                 for v in T.unroll(NV):
-                    for l in T.vectorized(L):
-                        acc[r, v, l] = (
-                            acc[r, v, l] + Q[block, c, r] * K[h2, slot + group * NV + v, c, l]
-                        )
+                    acc[r, v, T.ramp(0, 1, L)] = multiply_add(
+                        load_lanes(acc, [r, v, 0], L),
+                        (Q, block * MR + r, c * STEP),
+                        (K, h2, slot + group * NV + v, c, 0),
+                    )
         for r in T.unroll(MR):
             # Rows that pad the last block take the limits of the last row.
             row: T.int64 = T.min((block * MR + r) // G, rows - 1) if has_mask else T.int64(0)
@@ -163,8 +186,10 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
                     top[block, r, l] = T.max(top[block, r, l], acc[r, v, l])
 
     @T.inline
-    def exponentials(S, live, base, total, block, first, last):
-        """S = exp(S - base) in the key groups first to last; total += their sum."""
+    def exponentials(S, P, live, base, total, block, first, last):
+        """S = exp(S - base) in the key groups first to last, P the same as factors; total += their
+        sum.
+        """
         for group in range(first, last):
             if live[group] != 0:
                 for v in T.unroll(NV):
@@ -176,10 +201,15 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
                             )
                         for l in T.vectorized(L):
                             total[block, r, l] = total[block, r, l] + S[block, group * NV + v, r, l]
+                        if paired and wants_out:
+                            P[block, (group - first) * NV + v, r, T.ramp(0, 1, L)] = (
+                                x86_bf16.round_bits(load_lanes(S, [block, group * NV + v, r, 0], L))
+                            )
 
     @T.inline
-    def value_tile(S, V, O, live, h2, slot, panel, block, first, last, keys):
+    def value_tile(P, V, O, live, h2, slot, panel, block, first, last, keys):
         """O[block, panel] += P . V over the key groups first to last."""
+        origin: T.int64 = first if paired else T.int64(0)
         acc = T.alloc_buffer((MR, NV, L), "float32", scope="local")
         for r in T.unroll(MR):
             for v in T.unroll(NV):
@@ -188,19 +218,23 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
         for group in range(first, last):
             if live[group] != 0:
                 for s in range(T.min(NV, T.ceildiv(keys, L) - group * NV)):
-                    for i in range(L):
+                    key: T.int64 = (slot + group * NV + s) * (L // STEP)
+                    for i in range(L // STEP):
                         for r in T.unroll(MR):
                             for v in T.unroll(NV):
-                                for l in T.vectorized(L):
-                                    acc[r, v, l] = (
-                                        acc[r, v, l]
-                                        + S[block, group * NV + s, r, i]
-                                        * V[h2, panel, (slot + group * NV + s) * L + i, v * L + l]
-                                    )
+                                acc[r, v, T.ramp(0, 1, L)] = multiply_add(
+                                    load_lanes(acc, [r, v, 0], L),
+                                    (P, block, (group - origin) * NV + s, r, i * STEP),
+                                    (V, h2, panel, key + i, v * L * STEP),
+                                )
         for r in T.unroll(MR):
             for v in T.unroll(NV):
                 for l in T.vectorized(L):
                     O[block, panel, r, v * L + l] = acc[r, v, l]
+
+    def at(slot, l):
+        """Row of V of key l of a slot."""
+        return slot * (L // STEP) + l // STEP
 
     @T.inline
     def pack_slot(K, V, Keys, Values, h2, slot, row, count):
@@ -209,33 +243,39 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
         """
         for l in range(count):
             for c in range(D):
-                K[h2, slot, c, l] = to_float32(Keys[row + l, h2, c], unit)
+                K[h2, slot, c // STEP, l * STEP + c % STEP] = factor(Keys[row + l, h2, c])
+            for c in range(D, DP):
+                K[h2, slot, c // STEP, l * STEP + c % STEP] = T.Cast(FACTOR, 0)
         if wants_out:
             for l in range(count):
                 for panel in range(PANELS):
                     for c in range(KG):
-                        V[h2, panel, slot * L + l, c] = T.if_then_else(
+                        V[h2, panel, at(slot, l), c * STEP + l % STEP] = T.if_then_else(
                             panel * KG + c < DV,
-                            to_float32(Values[row + l, h2, panel * KG + c], unit),
-                            zero,
+                            factor(Values[row + l, h2, panel * KG + c]),
+                            T.Cast(FACTOR, 0),
                         )
             for l in range(L - count):
                 for panel in range(PANELS):
-                    for c in T.vectorized(KG):
-                        V[h2, panel, slot * L + count + l, c] = zero
+                    for c in range(KG):
+                        V[h2, panel, at(slot, count + l), c * STEP + (count + l) % STEP] = T.Cast(
+                            FACTOR, 0
+                        )
 
     @T.inline
     def pack_query(Q, X, first, rows, blocks, h2):
-        """Q [block, c, r] from the packed query rows at ``first``; zeros fill the last block."""
-        for block in range(blocks):
-            for r in range(MR):
-                m: T.int64 = block * MR + r
-                for c in range(D):
-                    Q[block, c, r] = T.if_then_else(
-                        m < rows * G,
-                        to_float32(X[first + m // G, h2 * G + m % G, c], unit),
-                        zero,
-                    )
+        """Q [m, c] from the packed query rows at ``first``; zeros fill the last block."""
+        for m in range(rows * G):
+            for chunk in range(D // L):
+                for l in T.vectorized(L):
+                    Q[m, chunk * L + l] = factor(X[first + m // G, h2 * G + m % G, chunk * L + l])
+            for c in range(D // L * L, D):
+                Q[m, c] = factor(X[first + m // G, h2 * G + m % G, c])
+            for c in range(D, DP):
+                Q[m, c] = T.Cast(FACTOR, 0)
+        for m in range(rows * G, blocks * MR):
+            for c in range(DP):
+                Q[m, c] = T.Cast(FACTOR, 0)
 
     @T.inline
     def row_maxima(top, maximum, base, hidden, blocks):
@@ -333,12 +373,14 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
         Out = T.match_buffer(attention_out, (Tq, N1, DV), p.dtype)
         Indices = T.match_buffer(topk_indices_out, (Tq, N2, p.block_count), "int32")
         with T.sblock("root"):
+            if paired:
+                T.attr(0, x86_bf16.IMPORT, x86_bf16.SOURCE)
             assert B >= 1, ("ValueError", [f"{p.label}: length lists: found none, allowed B >= 1"])
             check(QL, KL, SL, B, Tq, Tk, R, C, RF, CF)
 
             # A group may start at the last slot: the next NV - 1 are read, and not used.
-            K = T.alloc_buffer((N2, slots(Tk, B, L) + NV - 1, D, L), "float32")
-            V = T.alloc_buffer((N2, PANELS, slots(Tk, B, L) * L, KG), "float32")
+            K = T.alloc_buffer((N2, slots(Tk, B, L) + NV - 1, DP // STEP, L * STEP), FACTOR)
+            V = T.alloc_buffer((N2, PANELS, slots(Tk, B, L) * L // STEP, KG * STEP), FACTOR)
             for task in T.parallel(N2 * slots(Tk, B, L)):
                 h2: T.int64 = task // slots(Tk, B, L)
                 slot: T.int64 = task % slots(Tk, B, L)
@@ -367,9 +409,10 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
                     slot: T.int64 = first_slot(KL, b, L)
                     groups: T.int64 = T.ceildiv(keys, KG)
                     blocks: T.int64 = T.ceildiv(rows * G, MR)
-                    Q = T.alloc_buffer((BLOCKS, D, MR), "float32", scope="local")
+                    Q = T.alloc_buffer((M, DP), FACTOR, scope="local")
                     S = T.alloc_buffer((BLOCKS, most_groups(Tk) * NV, MR, L), "float32")
                     O = T.alloc_buffer((BLOCKS, PANELS, MR, KG), "float32", scope="local")
+                    E = T.alloc_buffer((BLOCKS, CHUNK * NV, MR, L), "uint16") if paired else S
                     live = T.alloc_buffer((most_groups(Tk),), "int32")
                     P = T.alloc_buffer((most_groups(Tk) * KG,), "float32")
                     score = T.alloc_buffer((most_groups(Tk) * KG + L,), "float32")
@@ -407,12 +450,12 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
                             first: T.int64 = chunk * CHUNK
                             last: T.int64 = T.min(groups, first + CHUNK)
                             for block in range(blocks):
-                                exponentials(S, live, base, total, block, first, last)
+                                exponentials(S, E, live, base, total, block, first, last)
                             if wants_out:
                                 for panel in range(PANELS):
                                     for block in range(blocks):
                                         value_tile(
-                                            S, V, O, live, h2, slot, panel, block, first, last, keys
+                                            E, V, O, live, h2, slot, panel, block, first, last, keys
                                         )
                         for m in range(blocks * MR):
                             sums[m] = sum_lanes(load_lanes(total, [m // MR, m % MR, 0], L))

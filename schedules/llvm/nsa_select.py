@@ -91,12 +91,9 @@ def selection(problem: Problem, lanes: int):
                 for l in T.vectorized(L):
                     best[l] = T.max(best[l], score[chunk * L + l])
             maximum[0] = max_lanes(load_lanes(best, [0], L))
-            winner[0] = T.int32(_NOWHERE)
-            for l in T.unroll(L):
-                winner[0] = T.min(
-                    winner[0],
-                    T.Select(best[l] == maximum[0], where[l] * L + l, T.int32(_NOWHERE)),
-                )
+            for l in T.vectorized(L):
+                where[l] = T.Select(best[l] == maximum[0], -(where[l] * L + l), T.int32(-_NOWHERE))
+            winner[0] = -max_lanes(load_lanes(where, [0], L))
             # Undefined input may score NaN, which no maximum equals: stay inside the row.
             winner[0] = T.min(winner[0], T.Cast("int32", blocks - 1))
             score[T.Cast("int64", winner[0])] = T.float32(_TAKEN)
