@@ -81,19 +81,33 @@ def _sizes(inputs: Sequence[Tensor], checks: Sequence[Check], rng: Rng) -> dict[
     """A size for each symbolic dimension under which all checks on dimensions hold."""
     symbols = list(dict.fromkeys(d for i in inputs for d in i.shape if isinstance(d, str)))
     conditions = [check for check in checks if not check.rule]
+    stands_for = _equal_dimensions(conditions, symbols)
+    drawn_for = list(dict.fromkeys(stands_for.values()))
     numbers = set().union(*(_numbers(check.expr) for check in conditions))
     related = sorted({factor * n for n in numbers if 1 < n < 5000 for factor in (1, 2, 3)})
     for largest in (64, 5000):  # small ones if they do
         choices = [*SMALL_SIZES, *(size for size in related if size <= largest)]
         for _ in range(SIZE_DRAWS):
-            drawn = rng.integers(len(choices), size=len(symbols))
-            sizes = {name: choices[index] for name, index in zip(symbols, drawn)}
+            drawn = rng.integers(len(choices), size=len(drawn_for))
+            free = {name: choices[index] for name, index in zip(drawn_for, drawn)}
+            sizes = {name: free[stands_for[name]] for name in symbols}
             if all(evaluate(check.expr, sizes) for check in conditions):
                 return sizes
     raise InvalidInputError(
         f"no sizes found for dimensions {symbols} that satisfy "
         f"{sorted({check.allowed for check in conditions})}; pass inputs"
     )
+
+
+def _equal_dimensions(conditions: Sequence[Check], symbols: Sequence[str]) -> dict[str, str]:
+    """Symbol -> the one that stands for all that the conditions want equal to it."""
+    stands_for = {name: name for name in symbols}
+    for check in conditions:
+        match check.expr:
+            case ["EQ", ["dim", a], ["dim", b]]:
+                one, other = stands_for[a], stands_for[b]
+                stands_for = {n: one if s == other else s for n, s in stands_for.items()}
+    return stands_for
 
 
 def _numbers(expr: object) -> set[int]:

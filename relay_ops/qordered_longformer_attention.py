@@ -19,15 +19,16 @@ from typing import Any
 
 import numpy as np
 from tvm import relax, te, tirx
-from tvm.ir import Expr
 
 from ..frontend.schemas.qordered_longformer_attention import SCHEMA
 from ..reference.qordered_longformer_attention import qordered_longformer_attention as reference
 from ..runtime.errors import UnsupportedError, message
 from ..schedules import tir_builder
+from .dims import int64, view
 from .int8_matmul import Left, col32, int8_matmul, pack_weight
 from .op import Dim, Node, Op, te_kernel, tir_kernel
 from .orders import COLS, Order, offset, tile
+from .quant import to_int8
 
 NAME = "qordered_longformer_attention"
 
@@ -138,14 +139,14 @@ def lower(bb: relax.BlockBuilder, node: Node) -> list[relax.Expr]:
     tokens, length = (tirx.Var(name, "int64") for name in ("global_tokens", "global_length"))
     bb.match_cast(bb.emit(relax.op.tensor_to_shape(sizes)), relax.ShapeType([tokens, length]))
 
-    x = _reshape(bb, node.inputs["input"], problem.stored_shape)
+    x = view(bb, node.inputs["input"], problem.stored_shape)
     gathered = kernel(
         "gather_global_rows", [x, positions, rank, offsets], ((1, tokens, hidden), "int8")
     )
     if problem.col32:
         whole, part = Left(x, seq, batch, col32), Left(x, length, batch, col32)
     else:  # one matrix of B*S rows
-        flat = _reshape(bb, x, (1, batch * seq, hidden))
+        flat = view(bb, x, (1, batch * seq, hidden))
         if not isinstance(rows := batch * seq, int):
             # A symbol of its own: schedules prove nothing about products.
             rows = tirx.Var("rows", "int64")
@@ -155,8 +156,8 @@ def lower(bb: relax.BlockBuilder, node: Node) -> list[relax.Expr]:
     gkv = _project(bb, node, GLOBAL, part, hidden, hidden, 3 * hidden)
     gq = _project(bb, node, GLOBAL, Left(gathered, tokens), hidden, 0, hidden)
     if problem.col32:
-        qkv = _reshape(bb, qkv, (1, batch * seq, 3 * hidden))
-        gkv = _reshape(bb, gkv, (1, batch * length, 2 * hidden))
+        qkv = view(bb, qkv, (1, batch * seq, 3 * hidden))
+        gkv = view(bb, gkv, (1, batch * length, 2 * hidden))
     y = kernel(
         "attention",
         [
@@ -167,11 +168,11 @@ def lower(bb: relax.BlockBuilder, node: Node) -> list[relax.Expr]:
             positions,
             rank,
             offsets,
-            *(_reshape(bb, node.inputs[name], (1,)) for name in _OF_ATTENTION),
+            *(view(bb, node.inputs[name], (1,)) for name in _OF_ATTENTION),
         ],
         (problem.stored_shape, "int8"),
     )
-    return [_reshape(bb, y, (batch, seq, hidden))]
+    return [view(bb, y, (batch, seq, hidden))]
 
 
 @dataclass(frozen=True)
@@ -223,10 +224,10 @@ def _project(
         return values[n + first]
 
     def requantise(acc, at, alpha, bias):
-        return saturate_int8(alpha[at.col] * acc.astype("float32") + bias[at.col])
+        return to_int8(alpha[at.col] * acc.astype("float32") + bias[at.col])
 
     constant = node.constants.get(names.weight)
-    source = _reshape(bb, node.inputs[names.weight], stored) if constant is None else constant
+    source = view(bb, node.inputs[names.weight], stored) if constant is None else constant
     source = source if constant is None else constant.reshape(stored)
     weight = pack_weight(bb, node.target, source, n=columns, k=hidden, entry=entry)
     scales = ("scale_input", names.scale_weight, names.scale)
@@ -235,12 +236,6 @@ def _project(
         weight.columns(bb, _per_column(bb, node, bias, (names.bias,), columns)),
     ]
     return int8_matmul(bb, f"{NAME}.gemm", left, weight, requantise, operands=operands)
-
-
-def saturate_int8(value: Expr) -> Expr:
-    """float32 to int8: nearest, ties to even, clipped while still a float."""
-    low, high = tirx.const(-128, "float32"), tirx.const(127, "float32")
-    return tirx.min(tirx.max(tirx.nearbyint(value), low), high).astype("int8")
 
 
 def _per_column(
@@ -256,30 +251,12 @@ def _per_column(
     if all(name in node.constants for name in names):
         values = [node.constants[name].reshape(-1) for name in names]
         return formula(np.arange(columns), *values)
-    tensors = [_reshape(bb, node.inputs[name], (_elements(node, name),)) for name in names]
+    tensors = [view(bb, node.inputs[name], (_elements(node, name),)) for name in names]
 
     def compute(*tensors: te.Tensor) -> te.Tensor:
-        return te.compute((_int64(columns),), lambda n: formula(n, *tensors), name="per_column")
+        return te.compute((int64(columns),), lambda n: formula(n, *tensors), name="per_column")
 
     return te_kernel(bb, f"{NAME}.per_column", compute, *tensors)
-
-
-def _reshape(bb: relax.BlockBuilder, x: relax.Expr, shape: tuple[Dim, ...]) -> relax.Expr:
-    if len(x.ty.shape) == len(shape) and all(
-        _same(have, want) for have, want in zip(x.ty.shape, shape)
-    ):
-        return x
-    return bb.emit(relax.op.reshape(x, relax.ShapeExpr([_int64(dim) for dim in shape])))
-
-
-def _same(have: Expr, want: Dim) -> bool:
-    if isinstance(want, int):
-        return isinstance(have, tirx.IntImm) and int(have.value) == want
-    return have.same_as(want)
-
-
-def _int64(dim: Dim) -> Expr:
-    return tirx.const(dim, "int64") if isinstance(dim, int) else dim
 
 
 def _elements(node: Node, name: str) -> int:

@@ -357,6 +357,26 @@ def test_sizes_obey_the_checks():
         random_inputs(proto, inputs, impossible, 0)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_dimensions_that_must_agree_are_drawn_once(seed):
+    names = ("S", "B", "S2", "B2", "S3", "B3")
+    inputs = tuple(Tensor(f"x{i}", "float32", names[2 * i : 2 * i + 2]) for i in range(3))
+    equal = [("S", "S2"), ("S3", "S2"), ("B2", "B"), ("B", "B3")]
+    checks = [
+        Check.condition("n", "shape", ["EQ", ["dim", a], ["dim", b]], [["dim", a]], b)
+        for a, b in equal
+    ]
+    checks.append(
+        Check.condition("n", "S", ["EQ", ["FloorMod", ["dim", "S"], 14], 0], [["dim", "S"]], "14")
+    )
+    proto = prepare(
+        model("g (float[S,B] x0, float[S2,B2] x1, float[S3,B3] x2) => (float[S,B] y) {y = Neg(x0)}")
+    )
+    arrays = random_inputs(proto, inputs, checks, seed)
+    assert arrays["x0"].shape == arrays["x1"].shape == arrays["x2"].shape
+    assert arrays["x0"].shape[0] % 14 == 0
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_counts_spread_between_their_bounds(seed):
     rng = np.random.default_rng(seed)
