@@ -189,16 +189,18 @@ def keep(e: Expr, seed: Expr, offset: Expr, threshold: int, bind: Bind) -> Expr:
     e, seed, offset: int64. The key is the seed, the counter (e // 4, offset), the word e % 4.
     """
     e = _uint64(e)
-    words = philox4x32(
-        (*_halves(e >> _uint(2, "uint64")), *_halves(_uint64(offset))),
-        _halves(_uint64(seed)),
-        bind,
-    )
+    words = draw(e >> _uint(2, "uint64"), seed, offset, bind)
     which = _low(e) & _uint(3)
     even = tir.Select(which == _uint(0), words[0], words[2])
     odd = tir.Select(which == _uint(1), words[1], words[3])
     word = tir.Select((which & _uint(1)) == _uint(0), even, odd)
     return word.astype("uint64") < _uint(threshold, "uint64")
+
+
+def draw(block: Expr, seed: Expr, offset: Expr, bind: Bind) -> Words:
+    """The words of pairs 4 * block .. 4 * block + 3 (block: uint64)."""
+    counter = (*_halves(block), *_halves(_uint64(offset)))
+    return philox4x32(counter, _halves(_uint64(seed)), bind)
 
 
 def philox4x32(counter: Words, key: Words, bind: Bind) -> Words:

@@ -57,6 +57,8 @@ class AttentionConfig:
     """C, a multiple of ``unroll`` and ``lanes``."""
     few: int
     """Up to this many rows a task goes row by row."""
+    heads: int = 1
+    """H, heads that a task takes when it goes row by row: a divisor of N1 / N2."""
 
     def __post_init__(self) -> None:
         if self.keys % self.unroll or self.keys % self.lanes:
@@ -80,13 +82,19 @@ def configure(problem: AttentionProblem, unit: VectorUnit) -> AttentionConfig:
     """
     wide = unit.registers == 32
     large = problem.D > 256
+    few = unit.lanes // 2
+    heads = 1
+    if problem.layout != "TND" and isinstance(problem.S1, int) and few >= problem.S1:
+        group = problem.N1 // problem.N2
+        heads = max(h for h in range(1, min(group, 8 if wide else 4) + 1) if group % h == 0)
     return AttentionConfig(
         lanes=unit.lanes,
         vectors=2,
         unroll=8 if wide else 6,
         groups=(1 if large else 2) * 16 // unit.lanes,
         keys={True: 64, False: 48}[wide] if large else {True: 128, False: 96}[wide],
-        few=unit.lanes // 2,
+        few=few,
+        heads=heads,
     )
 
 
@@ -186,10 +194,11 @@ def _batch_tasks(
     between both ends of the sequence, so that every range has cheap and costly ones.
     """
     tiles = T.Bind((S1 + (config.rows - 1)) // config.rows)
-    with T.parallel(B * problem.N1 * tiles) as task:
+    shares = problem.N1 // config.heads
+    with T.parallel(B * shares * tiles) as task:
         position = T.Bind((task % tiles).astype("int32"))
-        n = T.Bind((task // tiles % problem.N1).astype("int32"))
-        b = T.Bind(task // (tiles * problem.N1))
+        n = T.Bind((task // tiles % shares * config.heads).astype("int32"))
+        b = T.Bind(task // (tiles * shares))
         if problem.band is not None and problem.band.causal:
             last = tiles.astype("int32") - 1
             position = T.Bind(tir.Select(position % 2 == 0, position // 2, last - position // 2))

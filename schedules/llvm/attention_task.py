@@ -140,19 +140,23 @@ class Task:
         return T.alloc_buffer(shape, "uint64", scope="local")
 
     def keep(self, draws: tir.Buffer, v: Expr, r: Expr, j: Expr) -> Expr:
-        """Dropout decision of lane v, row i0 + r."""
+        """Dropout decision of lane v: row i0 + r, key j."""
+        threshold = attention.keep_threshold(self.problem.keep_prob)
+        seed, offset = self.scalars["seed"], self.scalars["offset"]
+        return attention.keep(self.pair(r, j), seed, offset, threshold, _bound(draws, v))
+
+    def keep_four(self, draws: tir.Buffer, v: Expr, block: Expr) -> list[Expr]:
+        """Dropout decisions of lane v: pairs 4 * block .. 4 * block + 3."""
+        threshold = tir.const(attention.keep_threshold(self.problem.keep_prob), "uint64")
+        seed, offset = self.scalars["seed"], self.scalars["offset"]
+        words = attention.draw(block.astype("uint64"), seed, offset, _bound(draws, v))
+        return [T.Bind(word).astype("uint64") < threshold for word in words]
+
+    def pair(self, r: Expr, j: Expr) -> Expr:
+        """Number of the pair of row i0 + r and key j in the order of dropout; int64."""
         p = self.problem
         first = attention.pair_number(p.layout == "TND", p.N1, self.at, self.n, self.i0 + r)
-        slots = iter(range(2 * attention.PHILOX_ROUNDS))
-
-        def bind(product: Expr) -> Expr:
-            slot = next(slots)
-            T.buffer_store(draws, product, [slot, v])
-            return draws[slot, v]
-
-        threshold = attention.keep_threshold(p.keep_prob)
-        seed, offset = self.scalars["seed"], self.scalars["offset"]
-        return attention.keep(first + j.astype("int64"), seed, offset, threshold, bind)
+        return first + j.astype("int64")
 
     def put(self, r: Expr, d: Expr, value: Expr) -> None:
         p, at = self.problem, self.at
@@ -186,6 +190,18 @@ class Task:
             index = [number // p.N1, number % p.N1]
         with T.vectorized(attention.SOFTMAX_REPEATS) as v:
             T.buffer_store(buffer, value, [*index, v])
+
+
+def _bound(draws: tir.Buffer, v: Expr) -> attention.Bind:
+    """Names the generator's products by the slots of ``draws``, lane v, one after the other."""
+    slots = iter(range(2 * attention.PHILOX_ROUNDS))
+
+    def bind(product: Expr) -> Expr:
+        slot = next(slots)
+        T.buffer_store(draws, product, [slot, v])
+        return draws[slot, v]
+
+    return bind
 
 
 def _int32(x: Expr) -> Expr:
