@@ -126,6 +126,33 @@ def test_combinations(index):
     check(feeds, attrs, stored, target=target if available(target) else "llvm")
 
 
+def test_every_other_combination_is_refused():
+    outputs, scales = [FLOAT16, INT8, BFLOAT16, INT32], ["int64", "uint64", "float32", "bfloat16"]
+    biases = [None, "int32", "float16", "bfloat16", "float32"]
+    flags = [False, True]
+    for index in set(itertools.product(outputs, scales, flags, biases, flags)) - {*COMBINATIONS}:
+        feeds, attrs = problem(np.random.default_rng(0), 2, 3, 4, *index)
+        with pytest.raises(InvalidNodeError, match="E-COMBO"):
+            opferry.compile(node_model(OP, feeds, **attrs))
+
+
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "run-time"])
+@pytest.mark.parametrize("carrier", [np.int64, np.uint64])
+def test_packed_scale_has_ignored_bits_and_the_only_offset(carrier, constant):
+    """1.5 in the upper 19 bits, offset -3; all bits without a meaning are set."""
+    packed = 0x3FC00000 | (-3 & 0x1FF) << 37
+    packed |= 0x1FFF | 0x1F << 32 | ((1 << 17) - 1) << 47  # bit 46 is left out
+    feeds = {
+        "x1": np.array([[7]], np.int8),
+        "x2": np.array([[3]], np.int8),
+        "scale": np.array([packed], np.uint64).view(carrier),
+        "offset": f32(100),
+    }
+    stored = ["scale", "offset"] if constant else []
+    y = run(compiled(feeds, {"output_dtype": INT8}, stored), feeds)
+    assert y.tolist() == [[29]]  # 31.5 to 32, less 3
+
+
 # Section 8.
 X1 = np.array([[10, -20, 30], [127, -128, 5]], np.int8)
 WEIGHT = np.array([[1, 2, 3], [-4, 5, 6], [100, -100, 50]], np.int8)
