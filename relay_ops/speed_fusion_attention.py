@@ -6,7 +6,8 @@ Layouts BSH (B, S1, N1 * D), SBH, BNSD, BSND, and TND (T1, N1, D) of packed sequ
 have N2 heads, S2 (T2) keys. One fused kernel computes attention_out, softmax_max and softmax_sum,
 those of them that the graph uses.
 
-Source: the operator's specification;.
+Source: MindSpore's ops.speed_fusion_attention; docs/operators/speed_fusion_attention.md has the
+details.
 """
 
 from __future__ import annotations

@@ -489,9 +489,17 @@ def test_integers_of_both_widths():
     check(feeds, head_num=2, input_layout="TND", keep_prob=0.5)
 
 
-def test_dropout_of_everything():
+@pytest.mark.parametrize("keys", [1, 5, 131])
+def test_dropout_of_bfloat16_with_an_odd_number_of_keys(keys):
+    """Keys go in pairs there: the one behind the last must not leave a decision, nor a NaN."""
+    feeds = qkv(S1=33, S2=keys, D=20, dtype=BF16)
+    check(feeds, head_num=2, input_layout="BNSD", keep_prob=0.7, seed=5)
+
+
+@pytest.mark.parametrize("keep_prob", [1e-11, 1e-40])
+def test_dropout_of_everything(keep_prob):
     feeds = qkv()
-    got = check(feeds, head_num=2, input_layout="BNSD", keep_prob=1e-11)
+    got = check(feeds, head_num=2, input_layout="BNSD", keep_prob=keep_prob)
     assert_array_equal(got[0], 0)
 
 

@@ -165,8 +165,13 @@ class Task:
         T.buffer_store(out, from_float32(value, p.dtype, self.unit), index)
 
     def inverse(self, total: Expr) -> Expr:
-        """1 / (sum * keep_prob); 0 for a row without keys."""
-        inverse = float32(1) / (total * float32(self.problem.keep_prob))
+        """1 / (sum * keep_prob); 0 for a row without keys.
+
+        A keep_prob that keeps nothing stays out: it may be denormal, and 0 / 0 is no answer.
+        """
+        keep_prob = self.problem.keep_prob
+        scale = keep_prob if attention.keep_threshold(keep_prob) else 1
+        inverse = float32(1) / (total * float32(scale))
         return tir.Select(total > float32(0), inverse, float32(0))
 
     def store_records(self, r: Expr, top: Expr, total: Expr) -> None:
