@@ -3,7 +3,8 @@
 
     parallel row:                             all of A, packed once
         pack_a
-    parallel (batch, panel, row tile):        a thread's run of tiles shares its panel of B
+    parallel (batch, block, row tile, panel): a block of panels of B stays in the second-level cache
+        prefetch the tile of the output
         by the rows that are left:            whole tiles, and shorter ones for the last
             dot_init                          rows x NB int32, in registers
             for k group:
@@ -17,16 +18,19 @@ thread-local tile, and only its valid columns are stored.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
-from tvm import s_tir
+from tvm import DataType, s_tir
+from tvm.ir import Expr
 from tvm.target import Target
-from tvm.tirx import IntImm, PrimFunc
+from tvm.tirx import IntImm, PrimFunc, Stmt
 
 from ..intrin import x86
 from . import tiles
 
 ROWS = "opferry.rows"
 """Attribute of the kernel: rows of its register tile."""
+_LINE_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class GemmConfig:
     """Registers of B across the register tile."""
     heights: tuple[int, ...] = (1, 2, 4, 6, 8)
     """Rows of the shorter tiles that may end a run of rows."""
+    block_bytes: int = 256 * 1024
+    """Panels of B that every tile of rows meets in turn: they, a tile of A and the lines of the
+    output share the second-level cache.
+    """
 
 
 CONFIGS = {
@@ -123,10 +131,28 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
         init = sch.decompose_reduction(acc, ko)
     sch.parallel(sch.fuse(*sch.get_loops(pack)[:2]))
 
+    panels, *panel = map(int, func.params[1].ty.shape[1:])
+    groups, config = panel[0], CONFIGS[dot]
+    # Rows of A an odd number of cache lines apart: rows of 4 KiB would share one set of the cache.
+    line = _LINE_BYTES * 8 // DataType(dot.a_dtype).bits
+    if groups * dot.group >= 8 * line:
+        sch.storage_align(pack, 0, 1, 2 * line, line)
+
     sch.annotate(z, tiles.NEST, 1)
     sch.annotate(sch.get_loops(init)[3], tiles.ROW, 1)
-    m = func.params[-1].ty.shape[-2]
-    return tiles.parallel_tiles(sch.mod["main"], m, rows, CONFIGS[dot].heights)
+    y = func.params[-1]
+    m = y.ty.shape[-2]
+
+    def prefetch(z: Expr, no: Expr, mo: Expr) -> Stmt:
+        return tiles.prefetch_rows(y, [z], mo * rows, rows, no * cols, cols)
+
+    # With symbolic rows, TVM would no longer keep the tile in registers in these forms.
+    fixed = isinstance(m, IntImm)
+    block = min(panels, max(1, config.block_bytes // prod(panel))) if fixed else 1
+    apart = len(y.ty.shape) == 3  # in COL32 the rows of a tile lie one after the other
+    return tiles.parallel_tiles(
+        sch.mod["main"], m, rows, config.heights, block, prefetch if fixed and apart else None
+    )
 
 
 def schedule_plain(func: PrimFunc, _: Target) -> PrimFunc:

@@ -4,12 +4,12 @@ parallel loop over all tiles, and a body for each height that the last tile of r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from tvm import tirx
+from tvm import DataType, tirx
 from tvm.ir import Expr, Var
 from tvm.s_tir import MatchBufferRegion
-from tvm.tirx import For, ForKind, IfThenElse, IterVar, PrimFunc, Stmt
+from tvm.tirx import For, ForKind, IfThenElse, IterVar, PrimFunc, SeqStmt, Stmt
 from tvm_ffi import get_global_func, structural_map, structural_walk
 
 NEST = "opferry.tile_nest"
@@ -18,13 +18,24 @@ ROW = "opferry.tile_row"
 """Annotates every loop over the rows inside a tile."""
 
 
-def parallel_tiles(func: PrimFunc, m: Expr, rows: int, heights: Sequence[int]) -> PrimFunc:
+def parallel_tiles(
+    func: PrimFunc,
+    m: Expr,
+    rows: int,
+    heights: Sequence[int],
+    block: int,
+    before: Callable[[Expr, Expr, Expr], Stmt] | None = None,
+) -> PrimFunc:
     """Turn the loops marked `NEST` into
 
-        parallel f in batch * panels * row tiles:
+        parallel f in batch * blocks of ``block`` panels * row tiles * panels of the block:
             for one z, one no, one mo of f:
+                before(z, no, mo)
                 if at least ``rows`` of the ``m`` rows are left: the body
                 else: the body with its `ROW` loops cut to the least of ``heights`` that suffices
+
+    A thread's run of f goes through the panels of a block for one tile of rows, then for the next:
+    the block stays in the cache, and neighbouring tiles of the output are written in turn.
 
     The loops over one value keep the tile's position a plain variable: with the quotients and
     remainders of f in its place, TVM does not see that a tile's buffers are indexed by constants,
@@ -35,18 +46,60 @@ def parallel_tiles(func: PrimFunc, m: Expr, rows: int, heights: Sequence[int]) -
         if NEST not in loop.annotations:
             return loop
         loops = [loop, loop.body, loop.body.body]
-        tile = loops[-1].loop_var
-        body = _by_height(loops[-1].body, m - tile * rows, rows, _reachable(m, rows, heights))
+        z, no, mo = (axis.loop_var for axis in loops)
+        body = loops[-1].body
+        if before is not None:
+            body = SeqStmt([before(z, no, mo), body])
+        body = _by_height(body, m - mo * rows, rows, _reachable(m, rows, heights))
         f = tirx.Var("tile", "int64")
         zero, one = tirx.const(0, "int64"), tirx.const(1, "int64")
-        index, count = f, one
-        for axis in reversed(loops):
-            value = zero if _is(axis.extent, 1) else tirx.truncmod(index, axis.extent)
-            body = For(axis.loop_var, value, one, ForKind.SERIAL, body)
-            index, count = tirx.truncdiv(index, axis.extent), count * axis.extent
-        return For(f, zero, count, ForKind.PARALLEL, body)
+        batch, panels, tiles = (axis.extent for axis in loops)
+        for axis, index in zip(reversed(loops), _position(f, batch, panels, tiles, block)):
+            body = For(axis.loop_var, index, one, ForKind.SERIAL, body)
+        return For(f, zero, batch * panels * tiles, ForKind.PARALLEL, body)
 
     return func.with_body(structural_map(func.body, (For, merge)))
+
+
+def _position(f: Expr, batch: Expr, panels: Expr, tiles: Expr, block: int) -> list[Expr]:
+    """(mo, no, z) of task f; the last block has the panels that are left."""
+    z = tirx.const(0, "int64")
+    if not _is(batch, 1):
+        z, f = tirx.truncdiv(f, panels * tiles), tirx.truncmod(f, panels * tiles)
+    if block == 1:
+        return [tirx.truncmod(f, tiles), tirx.truncdiv(f, tiles), z]
+    first = tirx.truncdiv(f, tiles * block) * block
+    width = tirx.min(panels - first, tirx.const(block, "int64"))
+    f = f - first * tiles
+    return [tirx.truncdiv(f, width), first + tirx.truncmod(f, width), z]
+
+
+def prefetch_rows(
+    buffer: Expr, head: Sequence[Expr], row: Expr, rows: int, col: Expr, cols: int
+) -> For:
+    """Ask for ``buffer[*head, row : row + rows, col : col + cols]`` for writing.
+
+    A store that misses waits for its line, stores retire in order, and rows of a tile that are a
+    multiple of 4 KiB apart compete for the same sets: asked for ahead of the arithmetic, the lines
+    are there when the tile is done. Rows beyond the end do no harm.
+    """
+    i = tirx.Var("row", "int64")
+    zero = tirx.const(0, "int64")
+    step = _LINE_BITS // DataType(buffer.ty.dtype).bits
+
+    def line(offset: int) -> Stmt:
+        address = tirx.address_of(tirx.BufferLoad(buffer, [*head, row + i, col + offset]))
+        return tirx.Evaluate(tirx.call_intrin("void", "tirx.prefetch", address, *_FOR_WRITING))
+
+    lines = [line(offset) for offset in range(0, cols, step)]
+    body = SeqStmt(lines) if len(lines) > 1 else lines[0]
+    extent = tirx.const(rows, "int64")
+    return For(i, zero, extent, ForKind.UNROLLED, body, annotations={ROW: tirx.const(1, "int32")})
+
+
+_LINE_BITS = 512
+_FOR_WRITING = (1, 3, 1)
+"""Operands of ``llvm.prefetch``: write, into all caches, data."""
 
 
 def _is(extent: Expr, value: int) -> bool:
