@@ -15,6 +15,9 @@ broadcast per multiply-add of W rows, whatever their layout and whatever D is; m
 no reduction across lanes; and a mask or bias tile is transposed in registers as it is read.
 
 The memory of a thread is O(C * D + R * D), whatever S1 and S2 are.
+
+Where the target multiplies pairs of bfloat16 (AVX512-BF16), bfloat16 tasks take that instruction in
+both products (``attention_bf16``); few query rows go row by row (``attention_row``).
 """
 
 from __future__ import annotations
