@@ -8,12 +8,14 @@ import hypothesis
 import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 import opferry
 from opferry.frontend.builders import node_model
 from opferry.reference.compare import compare
+from opferry.runtime.errors import InvalidInputError
 
 OP = "SpeedFusionAttention"
 F32, F16, BF16 = np.dtype("float32"), np.dtype("float16"), np.dtype(ml_dtypes.bfloat16)
@@ -606,3 +608,26 @@ def test_fuzz(problem):
 def test_fuzz_longer(problem):
     feeds, attrs = problem
     check(feeds, **attrs)
+
+
+def test_prefix_computed_in_the_graph_is_asserted_by_the_kernel():
+    feeds = qkv(B=2, S1=7, S2=9) | {
+        "atten_mask": np.zeros((2, 1, 7, 9), bool),
+        "prefix": np.array([2, 9]),
+    }
+    model = node_model(
+        "SpeedFusionAttention",
+        feeds,
+        outputs=("attention_out",),
+        head_num=2,
+        input_layout="BNSD",
+        sparse_mode=5,
+    )
+    node = model.graph.node[0]
+    node.input[list(node.input).index("prefix")] = "doubled"
+    model.graph.node.insert(0, onnx.helper.make_node("Add", ["prefix", "prefix"], ["doubled"]))
+    module = opferry.compile(model)
+    module.run(feeds | {"prefix": np.array([1, 4])})
+    for bad in ([0, 4], [1, 5], [1, 2**40]):
+        with pytest.raises(InvalidInputError, match=r'"prefix".*allowed max\(0, S2 - S1\) to S2'):
+            module.run(feeds | {"prefix": np.array(bad)})

@@ -196,6 +196,14 @@ def _batch_tasks(
     The pool gives each thread one contiguous range of tasks. Under a causal mask tiles alternate
     between both ends of the sequence, so that every range has cheap and costly ones.
     """
+    if "prefix" in buffers:  # perhaps computed in the graph
+        with T.serial(B) as b:
+            prefix = T.Bind(buffers["prefix"][b].astype("int64"))
+            _assert(
+                tir.all(prefix >= 0, prefix >= S2 - S1, prefix <= S2),
+                f'{problem.label}: "prefix": found a value outside the range, '
+                "allowed max(0, S2 - S1) to S2",
+            )
     tiles = T.Bind((S1 + (config.rows - 1)) // config.rows)
     shares = problem.N1 // config.heads
     with T.parallel(B * shares * tiles) as task:
