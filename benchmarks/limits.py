@@ -3,8 +3,7 @@
 A limit is a rate: operations a second of one instruction out of registers ("int8" is vpdpbusd on
 512 bits, "int8-256" on 256, "int16-512" and "int16-256" are what CPUs without it have, "fp32" is a
 fused multiply-add, "bf16" is vdpbf16ps), or bytes a second that vector loads bring from memory
-("read") or from the last-level cache ("read-cache"). The kernels are in limits.c and are compiled
-for this machine at the first use.
+("read"). The kernels are in limits.c and are compiled for this machine at the first use.
 """
 
 from __future__ import annotations
@@ -32,14 +31,24 @@ class Unavailable(RuntimeError):
 class Limit:
     """One ceiling: a callable that keeps every thread busy and returns the seconds it took.
 
-    The time is that of the slowest thread while it was on its core: neither creating threads nor
+    The time is that of the slowest thread while it was on its core: neither waking threads nor
     other processes count, the clock rate does. `work` is what a call does, in operations or bytes.
+
+    footprint: bytes that "read" goes over again and again, all threads together. It has to be that
+    of the work it judges, for what caches keep of it from one pass to the next helps both.
     """
 
-    def __init__(self, kind: str, threads: int = THREADS, seconds: float = SECONDS):
+    def __init__(
+        self,
+        kind: str,
+        threads: int = THREADS,
+        seconds: float = SECONDS,
+        footprint: float = 0,
+    ):
         self.kind = kind
         self.threads = threads
         self.work = 0.0
+        self._footprint = int(footprint)
         self._rates = (ctypes.c_double * threads)()
         self._rounds = 1
         self()  # maps the memory
@@ -49,7 +58,12 @@ class Limit:
     def __call__(self) -> float:
         seconds = ctypes.c_double()
         self.work = _library().limit_run(
-            self.kind.encode(), self.threads, self._rounds, self._rates, ctypes.byref(seconds)
+            self.kind.encode(),
+            self.threads,
+            self._rounds,
+            self._footprint,
+            self._rates,
+            ctypes.byref(seconds),
         )
         if self.work < 0:
             raise Unavailable(f"no limit {self.kind!r} on {self.threads} threads of this machine")
@@ -82,6 +96,7 @@ def _library() -> ctypes.CDLL:
         ctypes.c_char_p,
         ctypes.c_int,
         ctypes.c_long,
+        ctypes.c_size_t,
         double_p,
         double_p,
     ]

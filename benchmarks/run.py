@@ -125,7 +125,8 @@ def _limits(case: Case) -> tuple[dict[str, Limit], dict[str, str]]:
     limits, missing = {}, {}
     for kind in case.problem.work:
         try:
-            limits[kind] = Limit(kind)
+            footprint = case.problem.footprint if kind == "read" else 0
+            limits[kind] = Limit(kind, footprint=footprint)
         except Unavailable as error:
             missing[LIMIT + kind] = str(error)
     return limits, missing

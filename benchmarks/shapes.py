@@ -58,6 +58,11 @@ class Matmul:
             return {"read": float(self.N * self.K)}
         return {INSTRUCTION.get(self.target, "int8"): self.operations}
 
+    @property
+    def footprint(self) -> float:
+        """Bytes of all weights of a cold problem."""
+        return float(self.COPIES * self.N * self.K)
+
 
 INSTRUCTION = {
     "x86-avxvnni": "int8-256",
@@ -112,8 +117,13 @@ class Attention:
     @property
     def work(self) -> dict[str, float]:
         if self.S1 == 1:  # every key and value is used once: memory decides
-            return {"read": 2.0 * self.B * self.N2 * self.S2 * self.D * ITEM_BYTES[self.dtype]}
+            return {"read": self.footprint}
         return {"bf16" if self.dtype == "bf16" else "fp32": self.operations}
+
+    @property
+    def footprint(self) -> float:
+        """Bytes of keys and values."""
+        return 2.0 * self.B * self.N2 * self.S2 * self.D * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,10 @@ that rotates; around every batch a gauge runs on all cores and the time that our
 a core is read. A batch is clean when the gauge found every core close to its best and the threads
 hardly waited. Two candidates are compared turn by turn, where both met the same conditions; only
 such ratios carry from one machine, or one minute, to another.
+
+Candidates disturb each other too: the worker threads of a library look for new work for a while
+after a call (TVM's and ONNX Runtime's for 35 ms, libgomp's for 6 ms). Nobody's turn begins before
+the threads of the one before have gone to sleep.
 """
 
 from __future__ import annotations
@@ -35,8 +39,8 @@ class Plan:
     """Go on up to this many times `seconds` while fewer than `turns` turns were clean."""
     batch_seconds: float = 0.03
     batch_calls: int = 200
-    settle_seconds: float = 0.005
-    """Pause before a batch: worker threads of the candidate before stop spinning."""
+    settle_seconds: float = 0.2
+    """Wait at most so long for worker threads of the candidate before to stop spinning."""
     patience_seconds: float = 1.0
     """How long a candidate waits, in all its turns together, for a disturbance to pass."""
 
@@ -213,6 +217,20 @@ def seconds_waited() -> float:
 WAITED_ALLOWED = 0.02
 """Share of a batch that our threads may have waited in a clean one."""
 
+PAUSE_SECONDS = 0.03
+"""Between two looks whether a disturbance has passed."""
+
+
+def settle(most: float) -> None:
+    """Sleep until the threads of this process do nothing, `most` seconds at the longest."""
+    step, idle = 0.002, 0.1
+    end = time.monotonic() + most
+    while time.monotonic() < end:
+        used, start = time.process_time(), time.monotonic()
+        time.sleep(step)
+        if time.process_time() - used < idle * (time.monotonic() - start):
+            return
+
 
 def interleave(
     candidates: Mapping[str, Timed],
@@ -263,16 +281,17 @@ def _batch(
     patience: float,
 ) -> tuple[Turn, float]:
     """One turn, and what is left of the patience."""
-    time.sleep(plan.settle_seconds)
+    settle(plan.settle_seconds)
     quiet = gauge()
     while not quiet and patience > 0:
-        time.sleep(plan.settle_seconds * 5)
-        patience -= plan.settle_seconds * 5
+        time.sleep(PAUSE_SECONDS)
+        patience -= PAUSE_SECONDS
         quiet = gauge()
     if calls > 1:
         timed()  # wakes the candidate's own threads, brings its data to the caches
     before = seconds_waited()
     seconds = tuple(timed() for _ in range(calls))
     waited = seconds_waited() - before
+    settle(plan.settle_seconds)
     quiet = gauge() and quiet
     return Turn(round_, seconds, quiet and waited <= WAITED_ALLOWED * sum(seconds)), patience

@@ -17,7 +17,7 @@ from benchmarks import check, inputs, plot, run, shapes, timing  # noqa: E402
 from benchmarks.shapes import Attention, Case, Encoder, Longformer, Matmul, Nsa  # noqa: E402
 from benchmarks.timing import Plan, Series, Turn  # noqa: E402
 
-KINDS = {"int8", "int8-256", "int16-512", "int16-256", "fp32", "bf16", "read", "read-cache"}
+KINDS = {"int8", "int8-256", "int16-512", "int16-256", "fp32", "bf16", "read"}
 
 
 def series(*turns):
