@@ -5,7 +5,8 @@
 #   make test        the test suite without the exhaustive sweeps
 #   make test-slow   only those sweeps
 #   make lint        ruff: lint and format
-#   make bench       speed beside other libraries, a short set (5 minutes); bench-all: every case
+#   make bench       speed beside other libraries, a short set (5 minutes)
+#   make bench-all   every case (30 minutes); bench-report: its table and picture into the docs
 #   make clean       removes the environment and everything built
 #
 # PYTHON=python3.12 picks the interpreter, WORKERS=4 the number of test processes,
@@ -26,7 +27,7 @@ PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 TEST_ENV := OPFERRY_NUM_THREADS=2 TVM_THREAD_POOL_SPIN_COUNT=0
 PYTEST := $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-slow lint bench bench-all clean
+.PHONY: demo test test-slow lint bench bench-all bench-report clean
 
 demo: $(VENV)/.has-examples $(VENV)/.has-weights
 	$(VENV)/bin/python examples/sentence_encoder.py
@@ -62,14 +63,18 @@ $(VENV)/bin/python:
 # Beside other libraries, which are large: pip install torch brings CUDA unless PIP_INDEX_URL or
 # PIP_FIND_LINKS lead to a build for CPUs. BENCH="--group attention" selects, BENCH_THREADS=4 sets
 # the threads of every library.
-BENCHMARKS := $(VENV)/bin/python -m benchmarks.run --json build/bench.json
+REPORT ?= build/bench.json
+BENCHMARKS := $(VENV)/bin/python -m benchmarks.run --json $(REPORT)
 
 bench: $(VENV)/.has-bench,examples,plot $(VENV)/.has-weights
 	$(BENCHMARKS) --quick $(BENCH)
 
 bench-all: $(VENV)/.has-bench,examples,plot $(VENV)/.has-weights
 	$(BENCHMARKS) $(BENCH)
-	$(VENV)/bin/python -m benchmarks.plot build/bench.json build/bench.png
+
+bench-report: $(VENV)/.has-bench,examples,plot
+	$(VENV)/bin/python -m benchmarks.table $(REPORT) --into benchmarks/README.md
+	$(VENV)/bin/python -m benchmarks.plot $(REPORT) docs/performance.png
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info examples/deploy_cpp/build

@@ -62,18 +62,25 @@ def output_bias(p: Matmul, seed: int = 0) -> np.ndarray:
 
 
 def _attention(p: Attention, rng: np.random.Generator) -> SimpleNamespace:
-    """q [B, N1, S1, D]; k, v [B, N2, S2, D]; dropped bool [1, 1, S1, S2]; pse [1, N1, S1, S2]."""
+    """q [B, N1, S1, D]; k, v [B, N2, S2, D]; dropped bool [1, 1, S1, S2]; pse [1, N1, S1, S2].
+
+    dropped: of a dense mask at random, of a prefix what the prefix leaves.
+    """
     dtype = DTYPES[p.dtype]
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32).astype(dtype)
 
-    dense = p.mask == "bool"
+    dropped = None
+    if p.mask == "bool":
+        dropped = rng.random((1, 1, p.S1, p.S2), np.float32) < 0.1
+    elif p.mask == "prefix":
+        dropped = ~kept(p, np.arange(p.S1))[None, None]
     return SimpleNamespace(
         q=normal(p.B, p.N1, p.S1, p.D),
         k=normal(p.B, p.N2, p.S2, p.D),
         v=normal(p.B, p.N2, p.S2, p.D),
-        dropped=rng.random((1, 1, p.S1, p.S2), np.float32) < 0.1 if dense else None,
+        dropped=dropped,
         pse=normal(1, p.N1, p.S1, p.S2) if p.mask == "pse" else None,
     )
 
@@ -87,6 +94,10 @@ def kept(p: Attention, rows: np.ndarray) -> np.ndarray:
         keep &= j >= i - before
     if after is not None:
         keep &= j <= i + after
+    keep |= j < p.prefix
+    if p.lengths:
+        ends = np.cumsum(p.lengths)
+        keep &= np.searchsorted(ends, i, "right") == np.searchsorted(ends, j, "right")
     if p.mask == "bool":
         keep &= ~inputs(p).dropped[0, 0, rows]
     return keep

@@ -6,6 +6,8 @@ the peers are given, and `Module.run` with NumPy arrays, which checks and copies
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 from onnx import TensorProto
 
@@ -31,18 +33,29 @@ _COMPRESSED_MASK = np.triu(np.ones((2048, 2048), np.bool_), 1)
 
 def build(problem: Problem) -> list[Candidate]:
     """`NAME` and `RUN`, in this order."""
-    copies = Matmul.COPIES if isinstance(problem, Matmul) and problem.cold else 1
-    sets = [_compile(problem, seed) for seed in range(copies)]
-    return [in_turn(same) if copies > 1 else same[0] for same in zip(*sets)]
+    if problem.copies == 1:
+        return _ready(*_compile(problem))
+    if isinstance(problem, Matmul):  # constant weights: a module of each
+        sets = [_ready(*_compile(problem, seed)) for seed in range(problem.copies)]
+    else:
+        module, feeds, finish = _compile(problem)
+        sets = [_ready(module, feeds, finish)]
+        for seed in range(1, problem.copies):
+            sets.append(_ready(module, _MODELS[type(problem)](problem, seed)[1], finish))
+    return [in_turn(same) for same in zip(*sets)]
 
 
-def _compile(problem: Problem, seed: int) -> list[Candidate]:
-    import tvm
-
+def _compile(problem: Problem, seed: int = 0):
+    """The module, its inputs by name, and what makes of its outputs what `check` takes."""
     model, feeds, finish = _MODELS[type(problem)](problem, seed)
     target = problem.target if isinstance(problem, Matmul) else "llvm"
     sizes = {"B": problem.B, "S": problem.S} if isinstance(problem, Encoder) else None
-    module = opferry.compile(model, target, sizes, threads=THREADS)
+    return opferry.compile(model, target, sizes, threads=THREADS), feeds, finish
+
+
+def _ready(module: opferry.Module, feeds, finish) -> list[Candidate]:
+    import tvm
+
     feeds = {spec.name: np.ascontiguousarray(feeds[spec.name]) for spec in module.inputs}
     names = [spec.name for spec in module.outputs]
     threads.use(THREADS)
@@ -60,6 +73,14 @@ def _compile(problem: Problem, seed: int) -> list[Candidate]:
     ]
 
 
+def compile_seconds(problem: Problem) -> float:
+    """Of `opferry.compile` alone, sizes symbolic where the model has them so."""
+    model, _, _ = _MODELS[type(problem)](problem, 0)
+    start = time.perf_counter()
+    opferry.compile(model, threads=THREADS)
+    return time.perf_counter() - start
+
+
 def _matmul(p: Matmul, seed: int):
     a = inputs(p, seed)
     if p.op == "QOrderedMatMul":
@@ -71,9 +92,10 @@ def _matmul(p: Matmul, seed: int):
         "pertoken_scale": a.token,
         "bias": a.int_bias if a.int_bias is not None else a.float_bias,
     }
+    rows = {"x1": (np.int8, ("M", p.K))} if p.symbolic else {}
     model = opferry.node_model(
         p.op,
-        feeds,
+        feeds | rows,
         initializers=[name for name in ("x2", "scale", "bias") if feeds[name] is not None],
         output_dtype=_OUT[p.out],
         transpose_x2=1,
@@ -109,24 +131,36 @@ def _qordered_matmul(p: Matmul, a):
 
 def _attention(p: Attention, seed: int):
     a = inputs(p, seed)
-    compressed = _COMPRESSED_MASK if p.mask in ("causal", "band") else a.dropped
-    mode = {"causal": {"sparse_mode": 2}, "bool": {"sparse_mode": 1}}.get(p.mask, {})
-    if p.mask == "band":
-        mode = {"sparse_mode": 4, "pre_tokens": p.BAND - 1, "next_tokens": 0}
-    if p.mask == "pse":
-        mode = {"pse_type": 0}
-    feeds = {"query": a.q, "key": a.k, "value": a.v, "pse": a.pse, "atten_mask": compressed}
+    mask = _COMPRESSED_MASK if p.mask in ("causal", "band") else a.dropped
+    mode = {
+        "causal": {"sparse_mode": 2},
+        "band": {"sparse_mode": 4, "pre_tokens": p.BAND - 1, "next_tokens": 0},
+        "prefix": {"sparse_mode": 5, "prefix": [p.prefix] * p.B},
+        "bool": {"sparse_mode": 1},
+        "pse": {"pse_type": 0},
+    }.get(p.mask, {})
+    q, k, v = a.q, a.k, a.v
+    if p.lengths:  # [T, N, D]
+        q, k, v = (np.ascontiguousarray(x[0].swapaxes(0, 1)) for x in (q, k, v))
+        ends = np.cumsum(p.lengths).tolist()
+        mode |= {"actual_seq_qlen": ends, "actual_seq_kvlen": ends}
+    feeds = {"query": q, "key": k, "value": v, "pse": a.pse, "atten_mask": mask}
     model = opferry.node_model(
         p.op,
         feeds,
         outputs=["attention_out"],
-        initializers=["atten_mask"] if compressed is _COMPRESSED_MASK else (),
+        initializers=["atten_mask"] if mask is _COMPRESSED_MASK else (),
         head_num=p.N1,
-        input_layout="BNSD",
+        input_layout="TND" if p.lengths else "BNSD",
         scale=p.D**-0.5,
         **mode,
     )
-    return model, feeds, lambda out: out["attention_out"]
+
+    def finish(out):
+        y = out["attention_out"]
+        return y.swapaxes(0, 1)[None] if p.lengths else y
+
+    return model, feeds, finish
 
 
 def _longformer(p: Longformer, seed: int):
@@ -174,7 +208,7 @@ def _nsa(p: Nsa, seed: int):
     model = opferry.node_model(
         p.op,
         feeds,
-        outputs=["attention_out", "topk_indices_out"],
+        outputs=["attention_out", "topk_indices_out"] if p.select else ["attention_out"],
         head_num=p.N1,
         scale_value=p.D**-0.5,
         compress_block_size=p.l,
@@ -185,7 +219,7 @@ def _nsa(p: Nsa, seed: int):
         actual_cmp_seq_kvlen=[p.compressed],
         actual_sel_seq_kvlen=[p.blocks],
     )
-    return model, feeds, lambda out: (out["attention_out"], out["topk_indices_out"])
+    return model, feeds, lambda out: (out["attention_out"], out.get("topk_indices_out"))
 
 
 def _encoder(p: Encoder, seed: int):

@@ -1,68 +1,163 @@
-"""A picture of a report: our speed as a fraction of the limit, and the fastest peer's beside it.
+"""A picture of a report: how much faster than the fastest peer, and how near the limit.
 
-python -m benchmarks.plot report.json report.png
+    python -m benchmarks.plot report.json docs/performance.png
+
+A panel for each group, a row for each case. Left: speed as a multiple of the fastest peer's, which
+is the line at 1. Right: fraction of the machine's limit. Ticks are the goals.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-_OURS, _PEER, _GOAL = "#1f6f8b", "#c9c9c9", "#b5342b"
-_ROW_INCHES = 0.32
+from .goals import fastest_peer
+
+PANELS = {
+    "gemm": "int8 matmul",
+    "attention": "SpeedFusionAttention",
+    "longformer": "QOrderedLongformerAttention",
+    "nsa": "NPUNsaCompressAttention",
+    "model": "Sentence encoder (whole model)",
+}
+"""Groups that are drawn, in this order, and their titles."""
+_OURS, _BEHIND, _LIMIT, _GOAL, _TEXT = "#1f6f8b", "#c46a4a", "#7f9f5f", "#222222", "#555555"
+_INCHES = {"width": 9.0, "row": 0.21, "panel": 0.62, "head": 0.7}
+_OPERATORS = tuple(f"{op} " for op in ("NPUQuantMatmul", "SpeedFusionAttention")) + (
+    "QOrderedLongformerAttention ",
+    "NPUNsaCompressAttention ",
+)
 
 
-def bars(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each case that has a limit: name, fractions of it, goal, and who the peer is."""
-    rows = []
-    for record in report["cases"]:
-        if not record["of_limit"]:
+def rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What is drawn of each case that has a peer or a goal of the limit."""
+    found = []
+    for record in records:
+        goals = {goal["what"]: goal["asked"] for goal in record["goals"]}
+        # Of several goals over peers, the one that is hardest to reach.
+        asked = [g for g in record["goals"] if g["what"] in record["speedup"]]
+        hardest = min(asked, key=lambda g: g["reached"] / g["asked"], default=None)
+        peer = hardest["what"] if hardest else fastest_peer(record)
+        if peer is None and "limit" not in goals:
             continue
-        ours = record["of_limit"]["median"]
-        speedup = {name: ratio["median"] for name, ratio in record["speedup"].items()}
-        best = min(speedup, key=speedup.get, default=None)
-        rows.append(
+        label = record["case"]
+        for operator in _OPERATORS:
+            label = label.removeprefix(operator)
+        found.append(
             {
-                "case": record["case"],
-                "ours": ours,
-                "peer": ours / speedup[best] if best else None,
-                "peer_name": best,
-                "goal": record["goals"]["of_limit"],
+                "label": label.replace("QOrderedMatMul", "QOrdered"),
+                "peer": peer,
+                "speedup": record["speedup"][peer]["median"] if peer else None,
+                "speedup_goal": hardest["asked"] if hardest else None,
+                "of_limit": record["of_limit"]["median"] if record["of_limit"] else None,
+                "of_limit_goal": goals.get("limit"),
             }
         )
-    return rows
+    return found
 
 
 def plot(report: Mapping[str, Any], path: str | Path) -> None:
-    """Draw `bars(report)` to an image file; the format follows from its name."""
+    """Draw a report to an image file; the format follows from its name."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = bars(report)
-    figure, axes = pyplot.subplots(figsize=(11, 1.2 + _ROW_INCHES * len(rows)))
-    for y, row in enumerate(reversed(rows)):
-        axes.barh(y + 0.18, row["ours"], 0.36, color=_OURS, label="opferry" if y == 0 else None)
-        if row["peer"]:
-            label = "fastest peer" if y == 0 else None
-            axes.barh(y - 0.18, row["peer"], 0.36, color=_PEER, label=label)
-            axes.text(row["peer"] + 0.005, y - 0.18, row["peer_name"], fontsize=6, va="center")
-        if row["goal"]:
-            axes.plot([row["goal"]] * 2, [y - 0.4, y + 0.4], color=_GOAL, linewidth=1)
-    axes.set_yticks(range(len(rows)), [row["case"] for row in reversed(rows)], fontsize=7)
-    axes.set_xlabel("fraction of the machine's limit in the same run (red: goal)")
-    axes.set_xlim(0, max([1.0, *(row["ours"] for row in rows)]) * 1.1)
+    by_group = {
+        group: rows(list(records))
+        for group, records in groupby(report["cases"], key=lambda record: record["group"])
+    }
+    panels = [(title, by_group[group]) for group, title in PANELS.items() if by_group.get(group)]
+    heights = [_INCHES["panel"] + _INCHES["row"] * len(found) for _, found in panels]
+    total = sum(heights) + _INCHES["head"]
+    figure = pyplot.figure(figsize=(_INCHES["width"], total))
     about = report["machine"]
-    axes.set_title(f"{about['cpu']}, {about['threads']} threads, {about['date'][:10]}", fontsize=9)
-    if rows:
-        axes.legend(loc="lower right", fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.text(
+        0.01,
+        1 - 0.2 / total,
+        f"opferry on {about['cpu']}, {about['threads']} threads, {about['date'][:10]}, commit "
+        f"{about['commit']}",
+        fontsize=10,
+        weight="bold",
+        va="center",
+    )
+    figure.text(
+        0.01,
+        1 - 0.42 / total,
+        "left: speed over the fastest peer (1 = as fast; ticks: goals)      "
+        "right: fraction of the machine's limit (ticks: goals)",
+        fontsize=8.5,
+        color=_TEXT,
+        va="center",
+    )
+    top = total - _INCHES["head"]
+    for (title, found), height in zip(panels, heights):
+        bottom, inner = top - height + 0.28, height - _INCHES["panel"]
+        left = figure.add_axes((0.30, bottom / total, 0.39, inner / total))
+        right = figure.add_axes((0.73, bottom / total, 0.25, inner / total), sharey=left)
+        _speedups(left, found)
+        _fractions(right, found)
+        left.set_yticks(range(len(found)), [row["label"] for row in found], fontsize=7)
+        left.set_ylim(len(found) - 0.4, -0.6)
+        left.set_title(title, fontsize=9, weight="bold", loc="left", x=-0.74)
+        right.tick_params(labelleft=False)
+        top -= height
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _speedups(axes, found: Sequence[Mapping[str, Any]]) -> None:
+    largest = max(
+        [row["speedup"] or 1 for row in found] + [row["speedup_goal"] or 1 for row in found]
+    )
+    for y, row in enumerate(found):
+        if row["speedup"] is None:
+            axes.text(0.02 * largest, y, "no peer has it", fontsize=6.5, va="center", color=_TEXT)
+            continue
+        ahead = row["speedup"] >= 1
+        axes.barh(y, row["speedup"], 0.66, color=_OURS if ahead else _BEHIND)
+        told = f" {row['speedup']:.2f}x  {row['peer']}"
+        axes.text(max(row["speedup"], row["speedup_goal"] or 0), y, told, fontsize=6.5, va="center")
+        _tick(axes, row["speedup_goal"], y)
+    axes.axvline(1, color=_GOAL, linewidth=0.8)
+    axes.set_xlim(0, largest * 1.75)  # names stand behind the bars
+    axes.tick_params(axis="x", labelsize=7)
+    _plain(axes)
+
+
+def _fractions(axes, found: Sequence[Mapping[str, Any]]) -> None:
+    for y, row in enumerate(found):
+        if row["of_limit"] is None:
+            continue
+        axes.barh(y, row["of_limit"], 0.66, color=_LIMIT)
+        axes.text(
+            row["of_limit"] - 0.01,
+            y,
+            f"{row['of_limit']:.2f}",
+            fontsize=6.5,
+            va="center",
+            ha="right",
+            color="white",
+        )
+        _tick(axes, row["of_limit_goal"], y)
+    axes.axvline(1, color=_GOAL, linewidth=0.8)
+    axes.set_xlim(0, max([1.05, *(row["of_limit"] or 0 for row in found)]))
+    axes.tick_params(axis="x", labelsize=7)
+    _plain(axes)
+
+
+def _tick(axes, at: float | None, y: int) -> None:
+    if at:
+        axes.plot([at, at], [y - 0.42, y + 0.42], color=_GOAL, linewidth=1.6)
+
+
+def _plain(axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=2)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("report", help="JSON file of benchmarks.run")
-    parser.add_argument("image", help="for example report.png")
+    parser.add_argument("image", help="for example docs/performance.png")
     options = parser.parse_args(arguments)
     plot(json.loads(Path(options.report).read_text()), options.image)
 

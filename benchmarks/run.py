@@ -1,39 +1,34 @@
-"""Measures cases of `shapes` and prints ours, every peer, the ratio and the fraction of the limit.
+"""Measures cases and prints ours, every peer, the ratio and the fraction of the limit.
 
     python -m benchmarks.run --quick
     python -m benchmarks.run --group attention --case "S512 .* fp32" --json attention.json
 
 Every result is checked before its time is taken. A peer that is not installed, cannot do the work
-or gets it wrong is named with the reason and left out.
+or gets it wrong is named with the reason and left out; a case that crashes is, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
+import multiprocessing
 import sys
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import THREADS, timing, use_threads
-from .candidate import Candidate
-from .limits import Limit, Unavailable
-from .shapes import GROUPS, Case, select
-from .timing import Plan, Series
+from . import use_threads
+from .cases import CASES, GROUPS, Case, select
+from .machine import machine
+from .measure import OURS, empty, serve
+from .table import markdown, text
+from .timing import Plan
 
-OURS, RUN, NEIGHBOUR, LIMIT = "opferry", "opferry Module.run", "neighbour ", "limit "
-"""Names, or how names begin, of what is measured besides peers."""
-_LIBRARIES = ("opferry", "apache-tvm", "numpy", "onnxruntime", "openvino", "torch", "transformers")
-_QUICK = Plan(seconds=0.3, patience_seconds=0.5)
+PLAN = Plan(seconds=0.6)
+QUICK = Plan(seconds=0.3, patience_seconds=0.5)
+CASE_SECONDS = 240.0
+"""A case that takes longer is given up."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,262 +40,84 @@ def main(arguments: list[str] | None = None) -> int:
     if not cases:
         print("no case matches", file=sys.stderr)
         return 2
-    warnings.filterwarnings("ignore")
     use_threads()
-    keep_freed_memory()
-    plan = _QUICK if options.quick else Plan()
+    plan = QUICK if options.quick else PLAN
     if options.seconds:
         plan = Plan(seconds=options.seconds)
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"machine": machine(), "cases": []}
-    gauge = timing.Gauge()
-    for case in cases:
-        record = measure(case, plan, gauge, peers=not options.no_peers)
+    start = time.monotonic()
+    report: dict[str, Any] = {"machine": machine(), "took_s": 0.0, "cases": []}
+    for record in records(cases, plan, peers=not options.no_peers):
         report["cases"].append(record)
-        print(table(record), flush=True)
+        report["took_s"] = round(time.monotonic() - start, 1)
+        print(text(record), flush=True)
         if options.json:  # after every case: a long run may be interrupted
             Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
-    print(summary(report["cases"]))
+    print(markdown(report))
     return 0
 
 
-def measure(
-    case: Case, plan: Plan, gauge: Callable[[], bool], peers: bool = True
-) -> dict[str, Any]:
-    """Build, check and time everything of one case."""
-    start = time.perf_counter()
-    candidates, left_out = _candidates(case, peers)
-    limits, missing = _limits(case)
-    timed = {name: timing.stopwatch(c.call) for name, c in candidates.items()}
-    timed |= {LIMIT + kind: limit for kind, limit in limits.items()}
-    # Without ours there is nothing to compare.
-    series = timing.interleave(timed, plan, gauge) if OURS in candidates else {}
-    record = evaluate(case, series, {kind: limit.work for kind, limit in limits.items()})
-    record["left_out"] = left_out | missing
-    record["took_s"] = round(time.perf_counter() - start, 1)
-    return record
+def records(
+    cases: Sequence[Case], plan: Plan, peers: bool = True, seconds: float = CASE_SECONDS
+) -> Iterator[dict[str, Any]]:
+    """The record of each case, measured in worker processes.
 
-
-def _candidates(case: Case, peers: bool) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """By name, those that run and are right; and why the others are left out."""
-    from . import ours
-    from . import peers as others
-    from .check import PEER_SLACK
-
-    found: dict[str, Candidate] = {}
-    left_out: dict[str, str] = {}
-
-    def add(
-        build: Callable[[], list[Candidate]], label: str, problem, slack: float, prefix=""
-    ) -> None:
-        try:
-            for candidate in build():
-                _verify(candidate, problem, slack)
-                found[prefix + candidate.name] = candidate
-        except Exception as error:  # of whatever library
-            text = " ".join(str(error).split()) or type(error).__name__
-            left_out[label] = f"{type(error).__name__}: {text[:200]}"
-
-    add(lambda: ours.build(case.problem), OURS, case.problem, 1.0)
-    if not found:
-        return found, left_out
-    if case.neighbour is not None:
-        add(lambda: ours.build(case.neighbour)[:1], NEIGHBOUR, case.neighbour, 1.0, NEIGHBOUR)
-    elif peers:
-        builders, missing = others.candidates(case.problem)
-        left_out |= missing
-        for name, builder in builders.items():
-            add(lambda builder=builder: [builder()], name, case.problem, PEER_SLACK)
-    return found, left_out
-
-
-def _verify(candidate: Candidate, problem, slack: float) -> None:
-    from .check import check
-
-    check(problem, candidate.result(), slack)
-
-
-def _limits(case: Case) -> tuple[dict[str, Limit], dict[str, str]]:
-    limits, missing = {}, {}
-    for kind in case.problem.work:
-        try:
-            footprint = case.problem.footprint if kind == "read" else 0
-            limits[kind] = Limit(kind, footprint=footprint)
-        except Unavailable as error:
-            missing[LIMIT + kind] = str(error)
-    return limits, missing
-
-
-def evaluate(
-    case: Case, series: Mapping[str, Series], limit_work: Mapping[str, float]
-) -> dict[str, Any]:
-    """The record of a case, for printing and JSON.
-
-    series: by name of candidate, and by `LIMIT` + kind; limit_work: kind -> work of one call of
-    that limit. Times are in seconds, rates in operations a second, ratios how many times faster
-    ours is.
+    A worker serves the speed cases of a group; memory and compile time get one each. It is
+    replaced when it dies or does not answer in `seconds`.
     """
-    problem = case.problem
-    record: dict[str, Any] = {
-        "group": case.group,
-        "case": case.name,
-        "op": problem.op,
-        "operations": problem.operations,
-        "work": problem.work,
-        "goals": {"of_limit": case.of_limit, "of_peers": dict(case.of_peers)},
-        "candidates": {},
-        "limits": {},
-        "of_limit": None,
-        "speedup": {},
-        "best": {},
-    }
-    for name, measured in series.items():
-        if name.startswith(LIMIT):
-            kind = name.removeprefix(LIMIT)
-            rate = limit_work[kind] / measured.median
-            record["limits"][kind] = {"rate": rate, **measured.summary()}
-            continue
-        of = case.neighbour if name.startswith(NEIGHBOUR) else problem
-        record["candidates"][name] = {
-            "rate": of.operations / measured.median,
-            **measured.summary(),
-        }
-    if OURS not in series:
-        return record
-    mine = series[OURS]
-    if problem.work.keys() <= limit_work.keys():
-        at_limit = timing.weighted_sum(
-            [(series[LIMIT + kind], work / limit_work[kind]) for kind, work in problem.work.items()]
-        )
-        record["of_limit"] = timing.speedup(mine, at_limit)._asdict()
-    for name, theirs in series.items():
-        if name in (OURS, RUN) or name.startswith(LIMIT):
-            continue
-        ratio = timing.speedup(mine, theirs)
-        if name.startswith(NEIGHBOUR):  # per operation
-            ratio = ratio.scaled(problem.operations / case.neighbour.operations)
-        record["speedup"][name] = ratio._asdict()
-    for part, _ in case.of_peers:
-        among = {n: r["median"] for n, r in record["speedup"].items() if part in n}
-        if among:
-            record["best"][part] = min(among, key=among.get)
-    return record
-
-
-def goals(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """(what, reached, asked for) of every goal that could be measured."""
-    found = []
-    if record["goals"]["of_limit"] and record["of_limit"]:
-        found.append(("limit", record["of_limit"]["median"], record["goals"]["of_limit"]))
-    for part, asked in record["goals"]["of_peers"].items():
-        if part in record["best"]:
-            best = record["best"][part]
-            found.append((best, record["speedup"][best]["median"], asked))
-    return found
-
-
-def table(record: Mapping[str, Any]) -> str:
-    """A case as text: a line for each candidate, the limits, and the goals."""
-    lines = [f"{record['case']}  ({record['operations'] * 1e-9:.3g} G operations)"]
-    for name, c in sorted(record["candidates"].items(), key=lambda item: item[1]["median_s"]):
-        ratio = record["speedup"].get(name)
-        told = ""
-        if name == OURS and record["of_limit"]:
-            told = f"{record['of_limit']['median']:6.2f} of the limit"
-        elif ratio:
-            told = f"{ratio['median']:6.2f}x [{ratio['p25']:.2f} .. {ratio['p75']:.2f}]"
-        lines.append(
-            f"  {name:48s} {c['median_s'] * 1e3:9.3f} ms [{c['min_s'] * 1e3:.3f} .. "
-            f"{c['p90_s'] * 1e3:.3f}]{' ' if c['clean'] else '!'} {c['rate'] * 1e-9:7.0f} G/s  "
-            f"{told}".rstrip()
-        )
-    for kind, limit in record["limits"].items():
-        lines.append(f"  {LIMIT + kind:48s} {limit['rate'] * 1e-9:51.0f} G/s")
-    for name, reason in record["left_out"].items():
-        lines.append(f"  {name:48s} left out: {reason}")
-    for what, reached, asked in goals(record):
-        verdict = "reached" if reached >= asked else "MISSED"
-        lines.append(f"  goal: {what}: {reached:.2f}, asked for {asked:.2f}: {verdict}")
-    return "\n".join(lines) + "\n"
-
-
-def summary(records: list[Mapping[str, Any]]) -> str:
-    """All cases as a Markdown table."""
-    lines = [
-        "| case | ours, ms | G/s | of the limit (goal) | fastest peer | ratio (goal) |",
-        "|---|---|---|---|---|---|",
-    ]
-    for record in records:
-        mine = record["candidates"].get(OURS)
-        if mine is None:
-            lines.append(f"| {record['case']} | {record['left_out'].get(OURS, '')} | | | | |")
-            continue
-        limit = ""
-        if record["of_limit"]:
-            asked = record["goals"]["of_limit"]
-            limit = f"{record['of_limit']['median']:.2f}" + (f" ({asked:.2f})" if asked else "")
-        asked_of = record["goals"]["of_peers"] or {"": None}
-        best, ratios = [], []
-        for part, asked in asked_of.items():
-            among = {n: r["median"] for n, r in record["speedup"].items() if part in n}
-            if among:
-                name = min(among, key=among.get)
-                best.append(name)
-                ratios.append(f"{among[name]:.2f}" + (f" ({asked:.2f})" if asked else ""))
-        flag = "" if mine["clean"] else "!"
-        lines.append(
-            f"| {record['case']} | {mine['median_s'] * 1e3:.3g}{flag} | {mine['rate'] * 1e-9:.0f} "
-            f"| {limit} | {'; '.join(best)} | {'; '.join(ratios)} |"
-        )
-    return "\n".join(lines)
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers belong to."""
-
-    def version(name: str) -> str | None:
+    worker, serves = None, None
+    for case in cases:
+        wanted = case.group if case.measure == "speed" else case.name
+        if worker is not None and serves != wanted:
+            worker.stop()
+            worker = None
+        if worker is None:
+            worker, serves = _Worker(plan, peers), wanted
         try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": THREADS,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or None,
-        "versions": {name: version(name) for name in _LIBRARIES},
-    }
+            yield worker.measure(case, seconds)
+        except _Lost as reason:
+            worker.stop()
+            worker = None
+            yield empty(case) | {"left_out": {OURS: str(reason)}}
+    if worker is not None:
+        worker.stop()
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep large blocks that are freed instead of returning them to the system.
+class _Lost(RuntimeError):
+    """A worker that died or hangs."""
 
-    Otherwise the page faults of fresh temporaries take up to half of the time of peers that
-    allocate at every call. A preloaded tcmalloc would do the same.
-    """
-    trim_threshold, mmap_max = -1, -4
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
-    except (OSError, AttributeError):  # another C library
-        return
+
+class _Worker:
+    """A process that measures one case after the other."""
+
+    def __init__(self, plan: Plan, peers: bool):
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, plan, peers), daemon=True)
+        self._process.start()
+        theirs.close()  # so that its end is noticed
+
+    def measure(self, case: Case, seconds: float) -> dict[str, Any]:
+        try:
+            self._connection.send(CASES.index(case))
+            if self._connection.poll(seconds):
+                return self._connection.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            raise _Lost(f"the process ended with status {self._process.exitcode}") from None
+        raise _Lost(f"no result after {seconds:.0f} s")
+
+    def stop(self) -> None:
+        """Ask it to end; a process that does not is killed."""
+        try:
+            self._connection.send(None)
+            self._process.join(5)
+        except OSError:
+            pass
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
 
 
 def _parser() -> argparse.ArgumentParser:

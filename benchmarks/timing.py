@@ -38,7 +38,7 @@ class Plan:
     extension: float = 2.0
     """Go on up to this many times `seconds` while fewer than `turns` turns were clean."""
     batch_seconds: float = 0.03
-    batch_calls: int = 200
+    batch_calls: int = 1000
     settle_seconds: float = 0.2
     """Wait at most so long for worker threads of the candidate before to stop spinning."""
     patience_seconds: float = 1.0
@@ -120,19 +120,19 @@ def speedup(of: Series, over: Series) -> Ratio:
     """How many times faster `of` is than `over`.
 
     Each round in which both were clean gives the ratio of their batches' medians. Where there are
-    fewer than two such rounds the fastest calls are compared instead, which disturbances spare
-    longest; quartiles are then of all rounds.
+    fewer than two such rounds, all rounds give the ratio of their batches' fastest calls, which
+    disturbances spare longest.
     """
     theirs = {turn.round: turn for turn in over.turns}
     pairs = [(mine, theirs[mine.round]) for mine in of.turns if mine.round in theirs]
     clean = [(a, b) for a, b in pairs if a.clean and b.clean]
     settled = len(clean) >= 2
+    typical = statistics.median if settled else min
     ratios = sorted(
-        statistics.median(b.seconds) / statistics.median(a.seconds)
-        for a, b in (clean if settled else pairs)
+        typical(b.seconds) / typical(a.seconds) for a, b in (clean if settled else pairs)
     )
     return Ratio(
-        statistics.median(ratios) if settled else over.fastest / of.fastest,
+        statistics.median(ratios),
         quantile(ratios, 0.25),
         quantile(ratios, 0.75),
         len(ratios),

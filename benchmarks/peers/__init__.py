@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable
 
 from ..candidate import Candidate, in_turn
-from ..shapes import Matmul, Problem
+from ..shapes import Problem
 
 LIBRARIES = ("onnxruntime", "openvino", "torch", "transformers")
 
@@ -22,25 +22,23 @@ Builders = dict[str, Callable[[], Candidate]]
 def candidates(problem: Problem) -> tuple[Builders, dict[str, str]]:
     """Builders by name, and why a library has none."""
     builders, missing = {}, {}
-    if isinstance(problem, Matmul) and problem.target != "llvm":
-        return builders, missing  # no library can be told to do without instructions it finds
     for library in LIBRARIES:
         try:
             peer = importlib.import_module(f".{library}", __package__)
         except ImportError as error:
             missing[library] = str(error)
             continue
-        if isinstance(problem, Matmul) and problem.cold:
-            builders |= _cold(peer, problem)
+        if problem.copies > 1:
+            builders |= _in_turn(peer, problem)
         else:
             builders |= peer.candidates(problem)
     return builders, missing
 
 
-def _cold(peer, problem: Matmul) -> Builders:
-    """Each candidate with several weights in turn."""
+def _in_turn(peer, problem: Problem) -> Builders:
+    """Each candidate with several weights, or inputs, in turn."""
 
     def build(name: str) -> Candidate:
-        return in_turn([peer.candidates(problem, seed)[name]() for seed in range(problem.COPIES)])
+        return in_turn([peer.candidates(problem, seed)[name]() for seed in range(problem.copies)])
 
     return {name: functools.partial(build, name) for name in peer.candidates(problem)}

@@ -22,7 +22,7 @@ def candidates(problem: Problem, seed: int = 0) -> dict:
         # Adding an int8 matrix takes a second operator, which would round twice.
         builders = {} if problem.residual else _matmul(problem, seed)
     elif isinstance(problem, Attention):
-        builders = _attention(problem)
+        builders = _attention(problem, seed)
     elif isinstance(problem, Encoder):
         builders = {"int8, dynamic": partial(_encoder, problem)}
     else:  # its CPU provider has no such operator
@@ -76,17 +76,17 @@ def _shifted_back(y: np.ndarray) -> np.ndarray:
     return y.astype(np.int16) - _ZERO
 
 
-def _attention(p: Attention) -> dict:
+def _attention(p: Attention, seed: int) -> dict:
     """fp32, and fp16 where it has a kernel; bf16 has none."""
     if p.dtype == "bf16":
         return {}
     found = {}
-    if p.dtype == "fp32" and p.mask != "band":
-        found["Attention-23"] = partial(_attention_23, p)
+    if p.dtype == "fp32" and p.mask not in ("band", "prefix"):
+        found["Attention-23"] = partial(_attention_23, p, seed)
     if p.dtype == "fp32" and p.N1 == p.N2:
-        found["MultiHeadAttention"] = partial(_multi_head, p)
+        found["MultiHeadAttention"] = partial(_multi_head, p, seed)
     if p.mask == "causal" or p.S1 == 1:
-        found["GroupQueryAttention"] = partial(_group_query, p)
+        found["GroupQueryAttention"] = partial(_group_query, p, seed)
     return found
 
 
@@ -95,14 +95,14 @@ def _additive(p: Attention) -> np.ndarray | None:
     a = inputs(p)
     if p.mask == "pse":
         return a.pse
-    if p.mask in ("bool", "band"):
+    if p.mask in ("bool", "band", "prefix"):
         keep = kept(p, np.arange(p.S1))[None, None]
         return np.where(keep, 0, -1e30).astype(DTYPES[p.dtype])
     return None
 
 
-def _attention_23(p: Attention) -> Candidate:
-    a = inputs(p)
+def _attention_23(p: Attention, seed: int) -> Candidate:
+    a = inputs(p, seed)
     feeds = {"q": a.q, "k": a.k, "v": a.v}
     if p.mask == "bool":
         feeds["mask"] = ~a.dropped
@@ -122,8 +122,8 @@ def _split(p: Attention, y: np.ndarray) -> np.ndarray:
     return y.reshape(p.B, p.S1, p.N1, p.D).transpose(0, 2, 1, 3)
 
 
-def _multi_head(p: Attention) -> Candidate:
-    a = inputs(p)
+def _multi_head(p: Attention, seed: int) -> Candidate:
+    a = inputs(p, seed)
     feeds = {"q": _merged(a.q), "k": _merged(a.k), "v": _merged(a.v)}
     names = ["q", "k", "v"]
     bias = _additive(p)
@@ -141,9 +141,9 @@ def _multi_head(p: Attention) -> Candidate:
     return _bound([node], feeds, {}, output, partial(_split, p))
 
 
-def _group_query(p: Attention) -> Candidate:
+def _group_query(p: Attention, seed: int) -> Candidate:
     """Always causal. With one query the cache holds all keys but the last, which it appends."""
-    a = inputs(p)
+    a = inputs(p, seed)
     past = p.S2 - p.S1
     feeds = {
         "q": _merged(a.q),

@@ -21,7 +21,9 @@ def candidates(problem: Problem, seed: int = 0) -> dict:
     elif isinstance(problem, Attention):
         # It multiplies half floats as bf16 or not at all, and knows one number of heads.
         takes = problem.dtype in ("fp32", "bf16") and problem.N1 == problem.N2
-        builders = {"ScaledDotProductAttention": partial(_attention, problem)} if takes else {}
+        builders = (
+            {"ScaledDotProductAttention": partial(_attention, problem, seed)} if takes else {}
+        )
     elif isinstance(problem, Encoder):
         builders = {
             "int8, static": partial(_encoder, problem, False),
@@ -52,13 +54,13 @@ def _matmul(p: Matmul, seed: int) -> Candidate:
     return _compiled(ops.convert(y, "i8"), [x], [a.A])
 
 
-def _attention(p: Attention) -> Candidate:
+def _attention(p: Attention, seed: int) -> Candidate:
     """bf16 is a hint how to compute; tensors stay float32."""
-    a = inputs(p)
+    a = inputs(p, seed)
     arrays = [np.ascontiguousarray(x, np.float32) for x in (a.q, a.k, a.v)]
     parameters = [ops.parameter(list(x.shape), np.float32) for x in arrays]
     mask = {}
-    if p.mask in ("pse", "bool", "band"):
+    if p.mask in ("pse", "bool", "band", "prefix"):
         bias = a.pse
         if bias is None:
             keep = kept(p, np.arange(p.S1))[None, None]

@@ -30,7 +30,7 @@ def candidates(problem: Problem, seed: int = 0) -> dict:
     if isinstance(problem, Matmul):
         builders = _matmul(problem, seed)
     elif isinstance(problem, Attention):
-        builders = {"scaled_dot_product_attention": partial(_attention, problem)}
+        builders = {"scaled_dot_product_attention": partial(_attention, problem, seed)}
     elif isinstance(problem, Longformer):
         builders = {
             f"dense band {dtype}": partial(_dense_band, problem, dtype)
@@ -142,13 +142,13 @@ def _quantized_linear(p: Matmul, seed: int, engine: str):
     )
 
 
-def _attention(p: Attention):
-    a = inputs(p)
+def _attention(p: Attention, seed: int):
+    a = inputs(p, seed)
     q, k, v = tensor(a.q), tensor(a.k), tensor(a.v)
     mask = None
     if p.mask == "pse":
         mask = tensor(a.pse)
-    elif p.mask in ("bool", "band"):
+    elif p.mask in ("bool", "band", "prefix"):
         mask = tensor(kept(p, np.arange(p.S1))[None, None])
     attention = partial(
         functional.scaled_dot_product_attention,
