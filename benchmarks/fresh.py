@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ def memory_bytes(problem: Problem) -> float:
     from . import ours
 
     candidate = ours.build(problem)[0]
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is allocated now
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
     before = _status("VmRSS")
     outputs = candidate.call()

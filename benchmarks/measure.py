@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -36,8 +35,8 @@ def serve(connection: Connection, plan: Plan, peers: bool) -> None:
             gauge = timing.Gauge()
         try:
             connection.send(measure(case, plan, gauge, peers))
-        except Exception:  # of whatever library
-            connection.send(empty(case) | {"left_out": {OURS: traceback.format_exc()[-600:]}})
+        except Exception as error:  # of whatever library
+            connection.send(empty(case) | {"left_out": {OURS: _told(error)}})
         inputs.cache_clear()
 
 
@@ -105,8 +104,7 @@ def _candidates(case: Case, peers: bool) -> tuple[dict[str, Candidate], dict[str
                 _verify(candidate, problem, slack)
                 found[name or candidate.name] = candidate
         except Exception as error:  # of whatever library
-            text = " ".join(str(error).split()) or type(error).__name__
-            left_out[label] = f"{type(error).__name__}: {text[:200]}"
+            left_out[label] = _told(error)
 
     add(lambda: ours.build(case.problem), OURS, case.problem, 1.0)
     if not found:
@@ -120,6 +118,10 @@ def _candidates(case: Case, peers: bool) -> tuple[dict[str, Candidate], dict[str
         for name, builder in builders.items():
             add(lambda builder=builder: [builder()], name, case.problem, PEER_SLACK)
     return found, left_out
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _verify(candidate: Candidate, problem, slack: float) -> None:

@@ -98,7 +98,7 @@ def legend(records: Sequence[Mapping[str, Any]]) -> str:
 def _row(record: Mapping[str, Any]) -> str:
     mine = record["candidates"].get(OURS)
     if mine is None and record["measured"] is None:
-        reason = next(iter(record["left_out"].values()), "")[-120:].replace("\n", " ")
+        reason = record["left_out"].get(OURS, "")[:120]
         return f"| {record['case']} | not measured: {reason} | | | | |"
     by_kind: dict[str, list[str]] = {"limit": [], "peer": [], "other": []}
     for goal in record["goals"]:

@@ -294,4 +294,6 @@ def _batch(
     waited = seconds_waited() - before
     settle(plan.settle_seconds)
     quiet = gauge() and quiet
-    return Turn(round_, seconds, quiet and waited <= WAITED_ALLOWED * sum(seconds)), patience
+    # A limit's time is that on its cores.
+    alone = isinstance(timed, Limit) or waited <= WAITED_ALLOWED * sum(seconds)
+    return Turn(round_, seconds, quiet and alone), patience
