@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,17 @@ from .measure import OURS, empty, serve
 from .table import markdown, text
 from .timing import Plan
 
-PLAN = Plan(seconds=0.6)
-QUICK = Plan(seconds=0.3, patience_seconds=0.5)
+PLAN = Plan(seconds=0.4, batch_seconds=0.04)
+QUICK = Plan(seconds=0.25, patience_seconds=0.5)
 CASE_SECONDS = 240.0
 """A case that takes longer is given up."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.resume and not options.json:
+        parser.error("--resume needs --json")
     cases = select(options.group or (), options.case, options.quick)
     if options.list:
         print("\n".join(f"{case.group:11s}{case.name}" for case in cases))
@@ -46,16 +49,25 @@ def main(arguments: list[str] | None = None) -> int:
         plan = Plan(seconds=options.seconds)
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
     report: dict[str, Any] = {"machine": machine(), "took_s": 0.0, "cases": []}
-    for record in records(cases, plan, peers=not options.no_peers):
+    if options.resume and Path(options.json).exists():
+        report = json.loads(Path(options.json).read_text())
+    known = {record["case"] for record in report["cases"]}
+    start = time.monotonic() - report["took_s"]
+    for record in records([c for c in cases if c.name not in known], plan, not options.no_peers):
         report["cases"].append(record)
+        report["cases"].sort(key=_place)
         report["took_s"] = round(time.monotonic() - start, 1)
         print(text(record), flush=True)
         if options.json:  # after every case: a long run may be interrupted
             Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
     print(markdown(report))
     return 0
+
+
+def _place(record: Mapping[str, Any]) -> int:
+    """Of a record's case in the table."""
+    return next((at for at, case in enumerate(CASES) if case.name == record["case"]), len(CASES))
 
 
 def records(
@@ -132,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, help="for each candidate of a case")
     parser.add_argument("--no-peers", action="store_true", help="only ours and the limits")
     parser.add_argument("--json", metavar="FILE", help="write the report there")
+    parser.add_argument("--resume", action="store_true", help="leave out what the report has")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     return parser
 

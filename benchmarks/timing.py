@@ -217,6 +217,9 @@ def seconds_waited() -> float:
 WAITED_ALLOWED = 0.02
 """Share of a batch that our threads may have waited in a clean one."""
 
+SLOW_SECONDS = 1.0
+"""Of what takes longer, every call counts."""
+
 PAUSE_SECONDS = 0.03
 """Between two looks whether a disturbance has passed."""
 
@@ -243,8 +246,9 @@ def interleave(
     series = {name: Series() for name in candidates}
     estimate = {}
     for name, timed in candidates.items():
-        timed()  # the first call may still build something
         estimate[name] = timed()
+        if estimate[name] < SLOW_SECONDS:  # the first call may still build something
+            estimate[name] = timed()
     spent = dict.fromkeys(candidates, 0.0)
     patience = dict.fromkeys(candidates, plan.patience_seconds)
     unfinished = list(candidates)

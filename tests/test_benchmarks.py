@@ -165,11 +165,11 @@ def test_interleave_takes_turns_and_marks_disturbed_ones():
     gauge = iter([True, False, *[True] * 100])  # disturbed after the first turn of a
     plan = Plan(seconds=0, turns=2, batch_calls=1, settle_seconds=0, patience_seconds=0)
     found = timing.interleave(
-        {"a": candidate("a", 1.0), "b": candidate("b", 2.0)}, plan, lambda: next(gauge)
+        {"a": candidate("a", 0.1), "b": candidate("b", 0.2)}, plan, lambda: next(gauge)
     )
     assert order[4:8] == ["a", "b", "b", "a"]  # after two calls each to warm up
     assert [turn.clean for turn in found["a"].turns] == [False, True]
-    assert found["b"].median == 2.0
+    assert found["b"].median == 0.2
 
 
 def test_settle_returns_when_threads_sleep_and_when_patience_ends(monkeypatch):
@@ -311,13 +311,16 @@ def test_plot(report, tmp_path):
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_lost_worker_costs_one_case(monkeypatch):
+@pytest.fixture
+def no_workers(monkeypatch):
+    """Cases are "measured" here, all but the first tier, whose worker is lost."""
+
     class Worker:
         def __init__(self, plan, peers):
             pass
 
         def measure(self, case, seconds):
-            if case.name == chosen[0].name:
+            if case == cases.select(["tiers"])[0]:
                 raise run._Lost("no result after 1 s")
             return measure.empty(case)
 
@@ -325,10 +328,26 @@ def test_lost_worker_costs_one_case(monkeypatch):
             pass
 
     monkeypatch.setattr(run, "_Worker", Worker)
+
+
+def test_lost_worker_costs_one_case(no_workers):
     chosen = cases.select(["tiers"])[:3]
     found = list(run.records(chosen, Plan()))
     assert [record["case"] for record in found] == [case.name for case in chosen]
     assert [bool(record["left_out"]) for record in found] == [True, False, False]
+
+
+def test_report_is_resumed_in_the_order_of_the_table(no_workers, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "use_threads", lambda: None)
+    path = tmp_path / "build" / "report.json"
+    tiers = [case.name for case in cases.select(["tiers"])]
+    for pattern in ("avx512", ""):
+        options = ["--group", "tiers", "--case", pattern, "--json", str(path), "--resume"]
+        assert run.main(options) == 0
+    assert [record["case"] for record in json.loads(path.read_text())["cases"]] == tiers
+    with pytest.raises(SystemExit):
+        run.main(["--resume"])
+    assert "--resume needs --json" in capsys.readouterr().err
 
 
 def matmul_result(p):
