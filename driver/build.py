@@ -24,6 +24,7 @@ from ..runtime.quiet import without_noise
 from ..schedules.apply import ApplySchedules
 from . import target as targets
 from .fuse_rows import FuseRows
+from .stack import code_generation
 
 Progress = Callable[[str], None]
 """Told the name of each step before it starts."""
@@ -92,7 +93,8 @@ def _build(
             progress("optimise")
             module = pipeline(target, dump_ir)(imported.module)
             progress("generate code")
-            return relax.build(module, target, relax_pipeline=None)
+            lowering = code_generation(target)
+            return relax.build(module, target, relax_pipeline=None, tir_pipeline=lowering)
     except (OpferryError, OSError):
         raise
     except Exception as error:  # TVM's errors have no common base

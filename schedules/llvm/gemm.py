@@ -138,7 +138,8 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
     if groups * dot.group >= 8 * line:
         sch.storage_align(pack, 0, 1, 2 * line, line)
 
-    sch.annotate(z, tiles.NEST, 1)
+    for level, loop in enumerate((z, no, mo)):
+        sch.annotate(loop, tiles.NEST, level)
     sch.annotate(sch.get_loops(init)[3], tiles.ROW, 1)
     y = func.params[-1]
     m = y.ty.shape[-2]
@@ -146,12 +147,10 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
     def prefetch(z: Expr, no: Expr, mo: Expr) -> Stmt:
         return tiles.prefetch_rows(y, [z], mo * rows, rows, no * cols, cols)
 
-    # With symbolic rows, TVM would no longer keep the tile in registers in these forms.
-    fixed = isinstance(m, IntImm)
-    block = min(panels, max(1, config.block_bytes // prod(panel))) if fixed else 1
+    block = min(panels, max(1, config.block_bytes // prod(panel)))
     apart = len(y.ty.shape) == 3  # in COL32 the rows of a tile lie one after the other
     return tiles.parallel_tiles(
-        sch.mod["main"], m, rows, config.heights, block, prefetch if fixed and apart else None
+        sch.mod["main"], m, rows, config.heights, block, prefetch if apart else None
     )
 
 

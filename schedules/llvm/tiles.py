@@ -6,14 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tvm import DataType, tirx
+from tvm import DataType, IRModule, s_tir, tirx
 from tvm.ir import Expr, Var
-from tvm.s_tir import MatchBufferRegion
+from tvm.ir.transform import Sequential
+from tvm.s_tir import MatchBufferRegion, SBlock
 from tvm.tirx import For, ForKind, IfThenElse, IterVar, PrimFunc, SeqStmt, Stmt
 from tvm_ffi import get_global_func, structural_map, structural_walk
 
 NEST = "opferry.tile_nest"
-"""Annotates the outermost of three nested loops: batch, panel of columns, tile of rows."""
+"""Annotates three nested loops with 0, 1, 2: batch, panel of columns, tile of rows."""
 ROW = "opferry.tile_row"
 """Annotates every loop over the rows inside a tile."""
 
@@ -37,13 +38,13 @@ def parallel_tiles(
     A thread's run of f goes through the panels of a block for one tile of rows, then for the next:
     the block stays in the cache, and neighbouring tiles of the output are written in turn.
 
-    The loops over one value keep the tile's position a plain variable: with the quotients and
-    remainders of f in its place, TVM does not see that a tile's buffers are indexed by constants,
-    and they would live in memory instead of registers.
+    The loops over one value keep the tile's position a plain variable, as TVM's analysis of the
+    indices inside wants it.
     """
+    func = _compact(func)
 
     def merge(loop: For) -> For:
-        if NEST not in loop.annotations:
+        if NEST not in loop.annotations or int(loop.annotations[NEST]) != 0:
             return loop
         loops = [loop, loop.body, loop.body.body]
         z, no, mo = (axis.loop_var for axis in loops)
@@ -59,6 +60,46 @@ def parallel_tiles(
         return For(f, zero, batch * panels * tiles, ForKind.PARALLEL, body)
 
     return func.with_body(structural_map(func.body, (For, merge)))
+
+
+def _compact(func: PrimFunc) -> PrimFunc:
+    """``func`` with every buffer of a tile as small as a tile, allocated by the outermost block.
+
+    TVM would do it later, but not see that the tiles of two bodies are equally small.
+    """
+    passes = s_tir.transform
+    module = Sequential(
+        [
+            passes.LowerInitBlock(),
+            passes.PlanAndUpdateBufferAllocationLocation(),
+            passes.ConvertBlocksToOpaque(),
+            passes.CompactBufferAllocation(),
+        ]
+    )(IRModule({"main": func}))
+    tiles: list[Var] = []
+
+    def lift(block: SBlock) -> SBlock:
+        if block.name_hint == "root":
+            return _with_buffers(block, [*block.alloc_buffers, *tiles])
+        tiles.extend(block.alloc_buffers)
+        return _with_buffers(block, [])
+
+    func = module["main"]
+    return func.with_body(structural_map(func.body, (SBlock, lift)))
+
+
+def _with_buffers(block: SBlock, buffers: Sequence[Var]) -> SBlock:
+    return SBlock(
+        block.iter_vars,
+        block.reads,
+        block.writes,
+        block.name_hint,
+        block.body,
+        block.init,
+        buffers,
+        block.match_buffers,
+        block.annotations,
+    )
 
 
 def _position(f: Expr, batch: Expr, panels: Expr, tiles: Expr, block: int) -> list[Expr]:

@@ -1,0 +1,59 @@
+"""Tiles of registers keep out of the heap.
+
+TVM takes local buffers of 1 KiB and more from a pool, at every turn of the loop around them. LLVM
+cannot see through that: such a tile is still loaded into registers before the innermost loop and
+stored after it, and cleared by a call. On the stack it is nothing but registers.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from tvm import DataType, tirx
+from tvm.ir import IRModule
+from tvm.ir.transform import PassContext, Sequential, module_pass
+from tvm.s_tir.pipeline import default_s_tir_pipeline
+from tvm.target import Target
+from tvm.tirx.compilation_pipeline import register_tir_pipeline
+from tvm_ffi import structural_map
+
+MAX_BYTES = 8 * 1024
+"""Of a buffer on the stack: twice what 64 of the widest registers hold."""
+_PIPELINE = "opferry"
+
+
+def code_generation(target: Target) -> str:
+    """Name of the pipeline from TIR to machine code."""
+    return _PIPELINE if target.kind.name == "llvm" else "default"
+
+
+def _keep_on_stack(allocation: tirx.AllocBuffer) -> tirx.AllocBuffer:
+    buffer = allocation.buffer
+    shape = buffer.ty.shape
+    if buffer.scope() != "local" or not all(isinstance(dim, tirx.IntImm) for dim in shape):
+        return allocation
+    dtype = DataType(buffer.ty.dtype)
+    if prod(map(int, shape)) * dtype.bits * dtype.lanes > MAX_BYTES * 8:
+        return allocation
+    kept = {**allocation.annotations, "disable_lower_builtin": tirx.const(True, "bool")}
+    return tirx.AllocBuffer(buffer, kept)
+
+
+@module_pass(opt_level=0, name="KeepOnStack")
+class KeepOnStack:
+    """Mark local buffers of up to `MAX_BYTES` to stay on the stack."""
+
+    def transform_module(self, module: IRModule, _: PassContext) -> IRModule:
+        for var, func in module.functions.items():
+            if isinstance(func, tirx.PrimFunc):
+                body = structural_map(func.body, (tirx.AllocBuffer, _keep_on_stack))
+                module[var] = func.with_body(body)
+        return module
+
+
+def _pipeline():
+    lower, finish_host, finish_device = default_s_tir_pipeline()
+    return Sequential([lower, KeepOnStack()]), finish_host, finish_device
+
+
+register_tir_pipeline(_PIPELINE, _pipeline)
