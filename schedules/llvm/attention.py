@@ -62,6 +62,8 @@ class AttentionConfig:
     """Up to this many rows a task goes row by row."""
     heads: int = 1
     """H, heads that a task takes when it goes row by row: a divisor of N1 / N2."""
+    parts: int = 1
+    """P, tasks that share out the keys of a row when all tasks go row by row."""
 
     def __post_init__(self) -> None:
         if self.keys % self.unroll or self.keys % self.lanes:
@@ -85,24 +87,42 @@ def configure(problem: AttentionProblem, unit: VectorUnit) -> AttentionConfig:
     """
     wide = unit.registers == 32
     large = problem.D > 256
+    keys = {True: 64, False: 48}[wide] if large else {True: 128, False: 96}[wide]
     few = unit.lanes // 2
-    heads = 1
+    heads = parts = 1
     if problem.layout != "TND" and isinstance(problem.S1, int) and few >= problem.S1:
         group = problem.N1 // problem.N2
         heads = max(h for h in range(1, min(group, 8 if wide else 4) + 1) if group % h == 0)
+        parts = _parts(problem, problem.N1 // heads, keys)
     return AttentionConfig(
         lanes=unit.lanes,
         vectors=2,
         unroll=8 if wide else 6,
         groups=(1 if large else 2) * 16 // unit.lanes,
-        keys={True: 64, False: 48}[wide] if large else {True: 128, False: 96}[wide],
+        keys=keys,
         few=few,
         heads=heads,
+        parts=parts,
     )
 
 
-Task = tuple[Sequence, Expr, Expr]
-"""Sequence, head, first query row."""
+ROW_TASKS = 32
+"""Tasks that occupy the cores of any machine well enough; row by row."""
+PART_TILES = 2
+"""Least number of key tiles that are worth a task."""
+
+
+def _parts(problem: AttentionProblem, shares: int, keys: int) -> int:
+    """P for this many tasks a batch entry. An unknown batch may be 1, unknown keys many."""
+    tasks = shares * (problem.B if isinstance(problem.B, int) else 1)
+    parts = -(-ROW_TASKS // max(tasks, 1))
+    if isinstance(problem.S2, int):
+        parts = min(parts, problem.S2 // (keys * PART_TILES))
+    return max(parts, 1)
+
+
+Task = tuple[Sequence, Expr, Expr, Expr]
+"""Sequence, head, first query row, part of the keys."""
 
 
 def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
@@ -124,19 +144,23 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
             parts = (problem, config, unit, buffers, _scalars(problem, buffers))
             divide = _packed_tasks if problem.layout == "TND" else _batch_tasks
             pairs = problem.dtype == "bfloat16" and x86_bf16.available(target)
-            tile = PairTile if pairs else Tile
-            with (
-                T.attr(0, x86_bf16.IMPORT, x86_bf16.SOURCE) if pairs else nullcontext(),
-                divide(problem, config, buffers, B, S1, S2) as task,
-            ):
-                _emit(tile(*parts), RowTile(*parts), task)
+            tile, row_tile = (PairTile if pairs else Tile)(*parts), RowTile(*parts)
+            with T.attr(0, x86_bf16.IMPORT, x86_bf16.SOURCE) if pairs else nullcontext():
+                if config.parts > 1:
+                    row_tile.allocate_parts(B)
+                with divide(problem, config, buffers, B, S1, S2) as task:
+                    _emit(tile, row_tile, task)
+                if config.parts > 1:
+                    _join(row_tile, B, S1, S2)
         return builder.get()
 
 
 def _emit(tile: Tile, row_tile: RowTile, task: Task) -> None:
     """Few rows go one by one, more across the lanes; only what the sizes leave possible."""
-    tile.place(*task)
+    *place, part = task
+    tile.place(*place)
     row_tile.stand_at(tile)
+    row_tile.part = part
     few = tile.config.few
     possible = _task_rows(tile.problem, tile.config)
     if min(possible) > few:
@@ -149,6 +173,21 @@ def _emit(tile: Tile, row_tile: RowTile, task: Task) -> None:
                 row_tile.emit()
             with T.Else():
                 tile.emit()
+
+
+def _join(row_tile: RowTile, B: Expr, S1: Expr, S2: Expr) -> None:
+    """Few operations, for which the other threads need not be woken unless the batch is unknown."""
+    problem = row_tile.problem
+    loop = T.serial if isinstance(problem.B, int) else T.parallel
+    with loop(B * problem.N1) as head:
+        at = _batch_entry(T.Bind(head // problem.N1), S1, S2)
+        row_tile.place(at, (head % problem.N1).astype("int32"), tir.const(0, "int32"))
+        row_tile.join()
+
+
+def _batch_entry(b: Expr, S1: Expr, S2: Expr) -> Sequence:
+    zero = tir.const(0, "int64")
+    return Sequence(b, *opaque("int32", [S1, S2]), zero, zero, zero)
 
 
 def _task_rows(problem: AttentionProblem, config: AttentionConfig) -> set[int]:
@@ -206,16 +245,16 @@ def _batch_tasks(
             )
     tiles = T.Bind((S1 + (config.rows - 1)) // config.rows)
     shares = problem.N1 // config.heads
-    with T.parallel(B * shares * tiles) as task:
-        position = T.Bind((task % tiles).astype("int32"))
-        n = T.Bind((task // tiles % shares * config.heads).astype("int32"))
-        b = T.Bind(task // (tiles * shares))
+    per_head = T.Bind(tiles * config.parts)
+    with T.parallel(B * shares * per_head) as task:
+        part = T.Bind((task % config.parts).astype("int32"))
+        position = T.Bind((task % per_head // config.parts).astype("int32"))
+        n = T.Bind((task // per_head % shares * config.heads).astype("int32"))
+        b = T.Bind(task // (per_head * shares))
         if problem.band is not None and problem.band.causal:
             last = tiles.astype("int32") - 1
             position = T.Bind(tir.Select(position % 2 == 0, position // 2, last - position // 2))
-        zero = tir.const(0, "int64")
-        at = Sequence(b, *opaque("int32", [S1, S2]), zero, zero, zero)
-        yield at, n, position * config.rows
+        yield _batch_entry(b, S1, S2), n, position * config.rows, part
 
 
 @contextmanager
@@ -267,7 +306,8 @@ def _packed_tasks(
         n = T.Bind((task // tiles).astype("int32"))
         slot = T.Bind(task % tiles)
         b = T.Bind(tile_sequence[slot].astype("int64"))
-        yield _packed_sequence(b, ends_q, ends_kv, pairs), n, tile_row[slot]
+        at = _packed_sequence(b, ends_q, ends_kv, pairs)
+        yield at, n, tile_row[slot], tir.const(0, "int32")
 
 
 def _packed_sequence(

@@ -2,24 +2,41 @@
 lane idles.
 
 Elements of D lie across the lanes in both products, keys in the softmax between them. A row reads
-every key and value once: its time is that of memory.
+every key and value once: its time is that of memory. Where heads are too few to occupy the cores,
+tasks share out the keys of a row.
 """
 
 from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
 
 import tvm.tirx as tir
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
-from .attention_task import Task
+from .attention_task import Task, opaque
 from .vector import exp2_nonpositive, float32, load_lanes, max_lanes, sum_lanes, to_float32
 
 
 class RowTile(Task):
     """Buffers, float32: query and output rows [H][D], scores of a key tile [H][C], which become
     the weights. H heads that share their keys and values are taken together.
+
+    With ``parts`` P > 1 a task sees one of P shares of the keys. Its maximum, sum and output go to
+    a workspace [B * N1 * S1][P], which ``join`` adds up in the order of the keys, so that no result
+    depends on the number of threads.
     """
+
+    def allocate_parts(self, B: Expr) -> None:
+        """The workspace, outside of the parallel loop."""
+        p, P = self.problem, self.config.parts
+        rows = B * (p.N1 * p.S1)
+        self.part_state = T.alloc_buffer((rows * P, 2))  # maximum, sum
+        if "attention_out" in p.outputs:
+            self.part_output = T.alloc_buffer((rows * P, p.D))
 
     def emit(self) -> None:
         p, c = self.problem, self.config
@@ -36,6 +53,8 @@ class RowTile(Task):
                 self.n = first_head + h
                 self._start_row(h, i)
             seen = self.interval(i, i)
+            if c.parts > 1:
+                seen = self._share(seen)
             tiles = (tir.max(seen.last + 1 - seen.first, 0) + (c.keys - 1)) // c.keys
             with T.serial(tiles) as tile:
                 j0, count = self.tile_of_keys(seen, tile)
@@ -48,6 +67,14 @@ class RowTile(Task):
             with T.serial(H) as h:
                 self.n = first_head + h
                 self._finish_row(h, r)
+
+    def _share(self, seen: attention.Interval) -> attention.Interval:
+        """Of the keys that a row sees, those of this task's part: whole tiles."""
+        c = self.config
+        tiles = tir.max(seen.last + c.keys - seen.first, 0) // c.keys
+        length = T.Bind((tiles + (c.parts - 1)) // c.parts * c.keys)
+        first = seen.first + self.part * length
+        return attention.Interval(*opaque("int32", [first, tir.min(seen.last, first + length - 1)]))
 
     def _each_d(self, statement) -> None:
         """statement(d) for the whole row: vectors, then the rest one by one."""
@@ -184,8 +211,48 @@ class RowTile(Task):
                 T.buffer_store(self.output, acc[slot, v], [h, (first + s) * L + v])
 
     def _finish_row(self, h: Expr, r: Expr) -> None:
-        total = T.Bind(self.state[h, 1])
+        top, total = self.state[h, 0], T.Bind(self.state[h, 1])
+        if self.config.parts > 1:
+            slot = self._slot(r, self.part)
+            T.buffer_store(self.part_state, top, [slot, 0])
+            T.buffer_store(self.part_state, total, [slot, 1])
+            if self.wants_output:
+                self._each_d(
+                    lambda d: T.buffer_store(self.part_output, self.output[h, d], [slot, d])
+                )
+            return
         if self.wants_output:
             inverse = T.Bind(self.inverse(total))
             self._each_d(lambda d: self.put(r, d, T.Bind(self.output[h, d] * inverse)))
-        self.store_records(r, self.state[h, 0], total)
+        self.store_records(r, top, total)
+
+    def _slot(self, r: Expr, part: Expr | int) -> Expr:
+        """Row of the workspace."""
+        p = self.problem
+        row = (self.at.b * p.N1 + self.n) * p.S1 + r
+        return T.Bind(row * self.config.parts + part)
+
+    def join(self) -> None:
+        """Results of the rows of head n from their parts; one without keys has a sum of 0."""
+        P = self.config.parts
+        weights = T.alloc_buffer((P,), scope="local")
+        with T.serial(self.rows) as r:
+            slots = [self._slot(r, part) for part in range(P)]
+            tops = [self.part_state[slot, 0] for slot in slots]
+            top = T.Bind(functools.reduce(tir.max, tops))
+            for part in range(P):
+                T.buffer_store(weights, exp2_nonpositive(T.Bind(tops[part] - top)), [part])
+
+            def joined(element: Callable[[Expr], Expr]) -> Expr:
+                terms = [weights[part] * element(slot) for part, slot in enumerate(slots)]
+                return T.Bind(functools.reduce(operator.add, terms))
+
+            total = joined(lambda slot: self.part_state[slot, 1])
+            if self.wants_output:
+                inverse = T.Bind(self.inverse(total))
+                self._each_d(
+                    lambda d: self.put(
+                        r, d, T.Bind(joined(lambda slot: self.part_output[slot, d]) * inverse)
+                    )
+                )
+            self.store_records(r, top, total)
