@@ -65,7 +65,7 @@ def fastest_peer(record: Mapping[str, Any], part: str = "") -> str | None:
 
 def _over_peer(asked: OverPeer, name: str, speedup: Mapping[str, Any], of_limit) -> Goal:
     least, note = asked.least, ""
-    if of_limit:
+    if of_limit and of_limit["clean"] and speedup["clean"]:
         peer = of_limit["median"] / speedup["median"]
         if asked.near_limit is not None and peer > asked.NEAR:
             least, note = asked.near_limit, f"peer at {peer:.2f} of the limit"

@@ -233,6 +233,13 @@ def test_goal_that_the_limit_leaves_no_room_for():
     assert record["goals"][1]["note"] == ("peer at 0.97 of the limit; 1.10x is beyond the machine")
 
 
+def test_disturbed_ratios_do_not_excuse():
+    record = fake_record(opferry=1.0, peer=1.0, limit_int8=0.97)
+    record["of_limit"]["clean"] = False
+    (_, goal) = goals.judge(FUSED, record)
+    assert (goal["verdict"], goal["note"]) == ("missed", "")
+
+
 @pytest.mark.parametrize(("limit", "asked"), [(0.96, 1.0), (0.94, 1.1)], ids=["near", "below"])
 def test_peer_near_the_limit_need_only_be_met(limit, asked):
     case = Case("gemm", INT8, None, (OverPeer(1.1, near_limit=1.0),))
