@@ -98,6 +98,10 @@ class Problem:
         """
         return self.blocks_stride * (block + 1) - self.score_shift
 
+    def blocks_from(self, keys: Expr) -> Expr:
+        """How many blocks have a window that begins before key ``keys``."""
+        return (keys + self.taps - 2 + self.score_shift) // self.blocks_stride
+
     def weight(self, tap: Expr) -> Expr:
         """w(c): in how many ways c is m + n' with m < r and n' < n."""
         return tir.min(tir.min(tap + 1, self.keys_stride), self.taps - tap)

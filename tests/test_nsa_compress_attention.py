@@ -212,6 +212,7 @@ CASES = {
     "shift r": make((11,), (37,), score_shift=4, atten="bool"),
     "shift r of an odd window": make((11,), (37,), sizes=(48, 16, 48), score_shift=3),
     "k beyond the blocks": make((6, 5), (21, 3), k=40, topk="bool"),
+    "k of many rounds": make((6, 5), (121, 33), k=20, topk="bool"),
     "empty sequences": make((0, 3, 0, 4, 2, 0), (5, 7, 0, 0, 19, 3), atten="bool", topk="bool"),
     "many sequences": make([1, 2, 0, 3] * 9, [4, 0, 17, 33] * 9, atten="bool", topk="bool"),
     "no keys at all": make((3, 2), (0, 0), spare=(0, 1)),
@@ -262,6 +263,15 @@ def test_causal_prefill(dtype, masked_rows):
     j = np.arange(ceil_div(keys, 4))[None]
     feeds["topk_mask"] = (j == 0) | ((j >= t - 1) & (j <= t))
     assert_matches(feeds, attrs, run(feeds, attrs))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_keys_hidden_from_all_rows(dtype):
+    """Before the first, between and behind the visible keys, of whole tiles and of parts."""
+    feeds, attrs = make((9, 4), (301, 301), 4, 2, 16, 16, dtype, k=16)
+    mask = np.ones((9, 301), bool)
+    mask[:, 30:50] = mask[:, 120:121] = mask[1:, 200:231] = False
+    assert_matches(feeds | {"atten_mask": mask}, attrs, run(feeds | {"atten_mask": mask}, attrs))
 
 
 @pytest.mark.parametrize(
