@@ -24,6 +24,7 @@ from ..runtime.quiet import without_noise
 from ..schedules.apply import ApplySchedules
 from . import target as targets
 from .fuse_rows import FuseRows
+from .inline_scalars import InlineScalars
 from .stack import code_generation
 
 Progress = Callable[[str], None]
@@ -118,6 +119,7 @@ def pipeline(target: Target, dump_ir: str | os.PathLike[str] | None = None) -> P
             relax.transform.LegalizeOps(),
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FoldConstant(),
+            InlineScalars(),
             FuseRows(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),

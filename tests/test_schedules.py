@@ -35,6 +35,12 @@ GRAPHS = {
     "erf": ("float[{b},{s},H] x", "o = Erf(x)"),
     "residual": ("float[{b},{s},H] x, float[{b},{s},H] y", "a = Add(x, y) o = Tanh(a)"),
     "broadcast": ("float[{b},{s},H] x, float[{b},1,H] y", "o = Mul(x, y)"),
+    "constants": (  # one kernel with several values
+        "float[{b},{s},H] x",
+        "zero = Constant<value_float=0.0>() one = Constant<value_float=1.0>() "
+        "far = Constant<value_float=-inf>() a = Clip(x, zero, one) c = Clip(x, far, zero) "
+        "o = Sub(a, c)",
+    ),
     "transpose": ("float[{b},{s},H] x", "o = Transpose<perm=[2,0,1]>(x)"),
     "absmax": (
         "float[{b},{s},H] x",
@@ -116,13 +122,16 @@ def test_rules_fire(graph):
         script = func.script()
         assert "T.parallel" in script
         assert "T.vectorized" in script
+    if graph in ("layer_norm", "softmax", "absmax"):
+        assert "T.Shuffle" in "".join(func.script() for func in kernels)  # lanes folded by halves
 
 
 QUANTISED = (  # normalised rows and their quantisation: three results of one kernel
     "float[{b},{s},H] x, float[{b},{s},H] z, float[H] g, float[H] h",
     "a = Add(x, z) y = LayerNormalization<axis=-1>(a, g, h) e = Erf(y) t = Mul(y, e) m = Abs(t) "
     "n = Constant<value_ints=[-1]>() l = ReduceMax(m, n) c = Constant<value_float=127.0>() "
-    "d = Div(l, c) q = Div(t, d) r = Round(q) o = Cast<to=3>(r)",
+    "d = Div(l, c) q = Div(t, d) i = Constant<value_float=-100.0>() "
+    "j = Constant<value_float=100.0>() p = Clip(q, i, j) r = Round(p) o = Cast<to=3>(r)",
 )
 
 
@@ -145,7 +154,9 @@ def test_rows_are_one_kernel(size, symbolic, tmp_path):
     np.testing.assert_allclose(result["d"], d, rtol=2e-5, atol=1e-7)
     if h > 1:  # a row of one element is 0 and its scale too
         assert np.abs(result["o"].astype(int) - o).max() <= 1
-        assert (tmp_path / "graph.py").read_text().count("R.call_tir(") == 1
+        graph = (tmp_path / "graph.py").read_text()
+        assert graph.count("R.call_tir(") == 1
+        assert "T.Buffer(()" not in graph  # the Clip's bounds are immediates
 
 
 def test_rows_keep_the_order_of_dependencies():

@@ -75,7 +75,7 @@ class _Encoder:
         projections = [f"{name}.attention.self.{role}" for role in ("query", "key", "value")]
         divisors = self.divisors(projections)
         x8 = self.quantise(x, divisors)
-        q, k, v = (  # (B, S, H) each
+        q, k, v = (  # (B, S, H) float16 each
             self.add("Reshape", self.linear(x8, projection, divisors), self.shape)
             for projection in projections
         )
@@ -93,13 +93,14 @@ class _Encoder:
                 name=attended,
             )
         )
-        attended = self.quantise(self.rows(attended))
-        attended = self.linear(attended, f"{name}.attention.output.dense")
+        attended = self.quantise(self.rows(self.float32(attended)))
+        attended = self.float32(self.linear(attended, f"{name}.attention.output.dense"))
         x = self.layer_norm(self.add("Add", x, attended), f"{name}.attention.output.LayerNorm")
         intermediate = f"{name}.intermediate.dense"
         divisors = self.divisors([intermediate])
-        h = self.gelu(self.linear(self.quantise(x, divisors), intermediate, divisors))
-        h = self.linear(self.quantise(h), f"{name}.output.dense")
+        h = self.linear(self.quantise(x, divisors), intermediate, divisors)
+        h = self.quantise(self.gelu(self.float32(h)))
+        h = self.float32(self.linear(h, f"{name}.output.dense"))
         return self.layer_norm(self.add("Add", x, h), f"{name}.output.LayerNorm")
 
     def divisors(self, layers: list[str]) -> np.ndarray:
@@ -122,7 +123,7 @@ class _Encoder:
         return x8, self.add("Reshape", scale, self.constant([-1]))
 
     def linear(self, x: tuple[str, str], name: str, divisors: np.ndarray | float = 1) -> str:
-        """x @ weight.T + bias, of quantised rows of x / divisors."""
+        """x @ weight.T + bias, of quantised rows of x / divisors; float16."""
         weight = self.weights[f"{name}.weight"] * divisors  # (out, in)
         scale = np.abs(weight).max(axis=1) / np.float32(INT8_MAX)
         weight8 = np.rint(weight / scale[:, None]).astype(np.int8)
@@ -137,12 +138,15 @@ class _Encoder:
             output_dtype="float16",
             name=name,
             input=x8,
-            output=f"{name}.float16",
+            output=name,
         )
         # The builder names the scales after the layer; these come from the graph.
         node.input[list(node.input).index(f"{name}.pertoken_scale")] = pertoken_scale
         self.nodes.append(node)
-        return self.add("Cast", f"{name}.float16", to=TensorProto.FLOAT)
+        return name
+
+    def float32(self, x: str) -> str:
+        return self.add("Cast", x, to=TensorProto.FLOAT)
 
     def layer_norm(self, x: str, name: str) -> str:
         scale, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")

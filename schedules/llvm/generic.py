@@ -6,7 +6,8 @@ Columns      MatMul, ReduceSum over a leading axis: what is reduced is contiguou
              parallel(outer) { unroll(rows) x reduction x vectorised columns, in registers }
 Rows         LayerNormalization, Softmax, ReduceMax, and what `driver.fuse_rows` joins to them: what
              is reduced is contiguous itself
-             parallel(rows) { each block for one row; lane-wise partial reductions, vectorised }
+             parallel(rows) { each block for one row; lane-wise partial reductions, vectorised, and
+             folded by `row_lanes` }
 Elementwise  parallel(outer) { vectorised inner }
 
 A function that fits none is left as it is: serial, and correct.
@@ -24,7 +25,7 @@ from tvm.sym import Analyzer
 from tvm.target import Target
 from tvm.target.codegen import llvm_get_vector_width
 
-from . import elementary
+from . import elementary, row_lanes
 
 _GRAIN = 8192
 """Elements of work below which a parallel region costs more than it saves."""
@@ -75,6 +76,7 @@ class Rows(_Rule):
             if lane is not None:
                 rows.append(sch.fuse(*sch.get_loops(lane)[:leading]))
                 partial.append(lane)
+                sch.annotate(sch.get_loops(block)[-1], row_lanes.FOLD, True)
             rows.append(sch.fuse(*sch.get_loops(block)[:leading]))
             if info.is_injective() and info.dom_kind()[leading:]:
                 _vectorize_last(sch, block, target)
@@ -114,19 +116,24 @@ def _converts(sch: Schedule, block: SBlockRV) -> bool:
 
 
 def _lane_partials(sch: Schedule, block: SBlockRV, leading: int, target: Target) -> SBlockRV | None:
-    """Split a row's reduction over vector lanes, each with its own partial result.
+    """Split a row's reduction over the lanes of several vectors, which hide each other's latency;
+    each lane has its own partial result.
 
     None for rows that are short or leave a tail: rfactor loses the predicate of a tail.
     """
     inner = sch.get_loops(block)[leading:]
     reduction = sch.fuse(*inner) if len(inner) > 1 else inner[0]
     extent, width = get_extent(sch, reduction), lanes(target)
-    if _divisor(extent, target, (width,)) is None or not (
-        isinstance(extent, tirx.Expr) or extent >= 2 * width
-    ):
+    steps = tuple(
+        step
+        for step in (4 * width, 2 * width, width)
+        if isinstance(extent, tirx.Expr) or extent >= 2 * step
+    )
+    step = _divisor(extent, target, steps) if steps else None
+    if step is None:
         return None
-    _, lane = sch.split(reduction, [None, width])
-    return sch.rfactor(lane, factor_axis=leading)
+    _, lane = sch.split(reduction, [None, step])
+    return sch.rfactor(lane, factor_axis=-1)
 
 
 def _vectorize_lanes(sch: Schedule, blocks: list[SBlockRV]) -> None:
@@ -223,7 +230,7 @@ def schedule(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
     """``func`` by the first rule that applies, its elementary functions as arithmetic."""
     for rule in RULES:
         if (sch := rule.apply(func, target)) is not None:
-            func = sch.mod["main"]
+            func = row_lanes.fold(sch.mod["main"])
             break
     return elementary.expand(func)
 
