@@ -55,7 +55,7 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
     N1, N2, G, D, DV = p.query_heads, p.key_heads, p.group, p.head_size, p.value_size
     L, M, GROUP, KEYS = t.lanes, t.height, t.group, t.keys
     VECTORS, STRIP, BLOCKS, ROWS = M // L, t.strip, M // t.rows, task_.query_rows
-    STEP, FACTOR, CHUNK, FRONT = task_.step, task_.factor, t.chunk // GROUP, task_.front
+    STEP, FACTOR, CHUNK, FRONT = task_.step, task_.factor, task_.chunk // GROUP, task_.front
     PANELS, MARGIN = task_.panels, GROUP + p.taps
     paired = task_.paired
     has_mask, has_forced = p.atten_mask is not None, p.topk_mask is not None
@@ -303,7 +303,7 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
                 S = T.alloc_buffer(
                     (VECTORS, FRONT + most_groups(Tk) * GROUP + MARGIN, L), "float32"
                 )
-                E = T.alloc_buffer((VECTORS, t.chunk // 2, L), "uint32") if paired else S
+                E = T.alloc_buffer((VECTORS, task_.chunk // 2, L), "uint32") if paired else S
                 score = T.alloc_buffer((ROWS, most_groups(Tk) * GROUP + WIDTH), "float32")
                 hide = T.alloc_buffer((most_groups(Tk) * GROUP,), "uint8")
                 some = T.alloc_buffer((most_groups(Tk) * GROUP,), "uint8")

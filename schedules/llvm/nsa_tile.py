@@ -59,7 +59,10 @@ class Tiles:
     group: int
     """Keys that are skipped, or masked, together."""
     chunk: int
-    """Keys of which V (one channel panel) stays in L1."""
+    """Keys, or pairs of keys, of which V (one channel panel) stays in L1."""
+
+    ahead: int
+    """How many register tiles of outputs ahead of its own the lines of one are asked for."""
 
     def __post_init__(self) -> None:
         if self.height % 64 or self.height % (self.strip * self.lanes) or self.lanes % self.rows:
@@ -92,6 +95,7 @@ def tiles(target: Target) -> Tiles:
         vectors=2,
         group=24,
         chunk=240,
+        ahead=2,
     )
 
 
@@ -110,6 +114,8 @@ class Task:
         """Zeros before the first key in S: what windows reach of keys that do not exist."""
         self.channels = math.ceil(p.head_size / self.step)
         """Factors along the channels of Q and K."""
+        self.chunk = self.tiles.chunk * self.step
+        """Keys of a chunk."""
         self.query_rows = self.tiles.height // p.group
         self.wants_out = "attention_out" in p.outputs
         self.panels = math.ceil(p.value_size / self.tiles.panel) if self.wants_out else 0
@@ -275,7 +281,7 @@ class Task:
         FRONT, paired, store_lanes = self.front, self.paired, self.store_lanes
         multiply_add, WIDTH = self.multiply_add, t.panel
         line = _LINE_BYTES // (4 if self.problem.dtype == "float32" else 2)
-        LINES = math.ceil(WIDTH / line)
+        LINES, AHEAD = math.ceil(WIDTH / line), t.ahead
 
         def fetch(Out, token, h, channel, part):
             address = tir.address_of(Out[token, h, channel + part * line])
@@ -294,12 +300,21 @@ class Task:
                         acc[r, v, l] = T.if_then_else(
                             origin > 0, O[block, panel, r, v * L + l], T.float32(0)
                         )
-            if final:  # A store that misses waits for its line: asked for ahead of the products.
+            if final:
+                # A store that misses waits for its line, which is asked for some tiles ahead.
+                blocks: T.let[T.int64] = T.ceildiv(rows * G, MR)
+                ahead: T.let[T.int64] = panel * blocks + block + AHEAD
                 for r in T.unroll(MR):
                     for part in T.unroll(LINES):
-                        row: T.let[T.int64] = block * MR + r
+                        row: T.let[T.int64] = ahead % blocks * MR + r
                         T.evaluate(
-                            fetch(Out, token + row // G, h2 * G + row % G, panel * WIDTH, part)
+                            fetch(
+                                Out,
+                                token + row // G,
+                                h2 * G + row % G,
+                                ahead // blocks * WIDTH,
+                                part,
+                            )
                         )
             for run in range(count):
                 first: T.let[T.int64] = runs[run, 0] // STEP
