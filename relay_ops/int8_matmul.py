@@ -23,7 +23,7 @@ from tvm.ir import Expr
 from tvm.target import Target
 
 from .. import schedules
-from ..schedules.llvm.gemm import ROWS, Tile
+from ..schedules.tile import ROWS, Tile
 from .dims import int64, is_one
 from .op import Dim, te_kernel
 from .orders import COLS, Order

@@ -17,6 +17,7 @@ from tvm.tirx import PrimFunc
 
 from ..runtime.errors import UnsupportedError
 from .llvm import attention, gemm, longformer, nsa
+from .tile import Tile
 
 SCHEDULES: dict[str, dict[str, Callable[[PrimFunc, Target], PrimFunc]]] = {
     "int8_matmul.pack_weight": {"llvm": gemm.schedule_pack_weight},
@@ -28,7 +29,7 @@ SCHEDULES: dict[str, dict[str, Callable[[PrimFunc, Target], PrimFunc]]] = {
     "qordered_matmul.gemm_plain": {"llvm": gemm.schedule_plain},
 }
 
-INT8_TILES: dict[str, Callable[..., gemm.Tile]] = {"llvm": gemm.tile}
+INT8_TILES: dict[str, Callable[..., Tile]] = {"llvm": gemm.tile}
 """Target kind -> how an int8 matmul packs its operands: ``tile(target, m, n, panel)``."""
 
 TIR_BUILDERS: dict[str, dict[str, Callable[[Any, Target], PrimFunc]]] = {

@@ -12,6 +12,7 @@ from tvm.runtime import tensor
 from tvm.target import Target
 
 from opferry.driver.build import pipeline
+from opferry.driver.stack import code_generation
 from opferry.driver.target import TARGETS, required_features, resolve
 from opferry.relay_ops.int8_matmul import Left, int8_matmul, pack_weight
 from opferry.runtime import cpu
@@ -53,7 +54,9 @@ def matmul(target, n, k, m=None, batch=1):
             y = int8_matmul(bb, "qordered_matmul.gemm", left, weight, lambda acc, at: acc)
             y = bb.emit_output(y)
         bb.emit_func_output(y)
-    return relax.build(pipeline(target)(bb.get()), target, relax_pipeline=None)
+    lowering = code_generation(target)
+    module = pipeline(target)(bb.get())
+    return relax.build(module, target, relax_pipeline=None, tir_pipeline=lowering)
 
 
 def assembly(executable):

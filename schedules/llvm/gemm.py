@@ -26,10 +26,9 @@ from tvm.target import Target
 from tvm.tirx import IntImm, PrimFunc, Stmt
 
 from ..intrin import x86
+from ..tile import ROWS, Tile
 from . import tiles
 
-ROWS = "opferry.rows"
-"""Attribute of the kernel: rows of its register tile."""
 _LINE_BYTES = 64
 
 
@@ -57,18 +56,6 @@ CONFIGS = {
     x86.AVX2: GemmConfig(rows=4, vectors=2),
     x86.PORTABLE: GemmConfig(rows=2, vectors=1),
 }
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What the definition must know of the schedule: how operands are packed, which tile is full.
-
-    A is padded to multiples of ``rows``, B packed [N/cols, K/group, cols, group].
-    """
-
-    rows: int
-    cols: int
-    dot: x86.DotProduct
 
 
 def tile(target: Target, m: object, n: int, panel: int | None = None) -> Tile:
