@@ -116,7 +116,7 @@ def pipeline(target: Target, dump_ir: str | os.PathLike[str] | None = None) -> P
             relax.transform.LegalizeOps(),
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FoldConstant(),
-            FuseRows(),
+            *([FuseRows()] if target.kind.name == "llvm" else []),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
             relax.transform.DeadCodeElimination(["main"]),

@@ -16,6 +16,7 @@ from tvm.target import Target
 from tvm.tirx import PrimFunc
 
 from ..runtime.errors import UnsupportedError
+from .cuda import gemm_plain
 from .llvm import attention, gemm, longformer, nsa
 
 SCHEDULES: dict[str, dict[str, Callable[[PrimFunc, Target], PrimFunc]]] = {
@@ -29,9 +30,12 @@ SCHEDULES: dict[str, dict[str, Callable[[PrimFunc, Target], PrimFunc]]] = {
 }
 
 INT8_TILES: dict[str, Callable[..., gemm.Tile]] = {"llvm": gemm.tile}
-"""Target kind -> how an int8 matmul packs its operands: ``tile(target, m, n, panel)``."""
+"""Target kind -> how an int8 matmul packs its operands: ``tile(target, m, n, panel)``. Kinds
+without a row have a builder of ``int8_matmul``.
+"""
 
 TIR_BUILDERS: dict[str, dict[str, Callable[[Any, Target], PrimFunc]]] = {
+    "int8_matmul": {"cuda": gemm_plain.build},
     "qordered_longformer_attention.attention": {"llvm": longformer.attention},
     "qordered_longformer_attention.gather_global_rows": {"llvm": longformer.gather_global_rows},
     "qordered_longformer_attention.global_tokens": {"llvm": longformer.global_tokens},
