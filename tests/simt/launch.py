@@ -1,0 +1,94 @@
+"""Launch of a function: arguments bound, grid found, blocks run."""
+
+import itertools
+
+import numpy as np
+import tvm
+from tvm.tirx import ForKind, is_buffer_var
+
+from . import values
+from .block import Block
+from .memory import SimtError
+from .stmt import Statements, global_view
+
+TAGS = [f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx") for axis in "xyz"]
+
+
+def run(func, *args, blocks=None):
+    """Run a PrimFunc on arrays and ints in the order of its parameters, in place.
+
+    Arrays are C-contiguous, of the parameters' dtypes and shapes; symbolic extents take their
+    values from them. blocks: the (x, y, z) indices of the blocks to run, all by default. Raises
+    SimtError for undefined behaviour, NotImplementedError for what the interpreter lacks.
+    """
+    if len(args) != len(func.params):
+        raise TypeError(f"{len(func.params)} parameters, {len(args)} arguments")
+    extents = thread_extents(func.body)
+    program = Statements(extents)
+    bound = bind(program, func.params, args)
+    body = program.statement(func.body)
+    counts = {tag: program.compile(extent) for tag, extent in extents.items()}
+    env = [None] * len(program.slots)
+    for slot, value in bound.items():
+        env[slot] = value
+    scratch = Block(1, {}, env)
+    size = {tag: int(counts[tag](scratch)) if tag in counts else 1 for tag in TAGS}
+    threads = [size[tag] for tag in TAGS[3:]]
+    if np.prod(threads) > 1024:
+        raise SimtError(f"{threads} threads in a block")
+    if blocks is None:
+        blocks = itertools.product(*(range(size[tag]) for tag in TAGS[:3]))
+    with np.errstate(all="ignore"):
+        for index in blocks:
+            where = dict(zip(TAGS[:3], index))
+            block = Block(int(np.prod(threads)), where, list(env))
+            z, y, x = np.indices(threads[::-1], dtype=np.int32).reshape(3, -1)
+            block.thread_index = dict(zip(TAGS[3:], (x, y, z)))
+            body(block)
+            if block.copies.pending:
+                raise SimtError(f"cp.async still in flight at the end, {block.place()}")
+
+
+def bind(program, params, args):
+    """Slots and values of the parameters and of the symbolic extents they determine."""
+    bound = {}
+    for param, value in zip(params, args):
+        slot = program.slot(param)
+        if not is_buffer_var(param):
+            bound[slot] = values.scalar(value, values.numpy_dtype(param.ty.dtype))
+            program.sources[slot] = frozenset([slot]) if isinstance(bound[slot], int) else None
+            continue
+        if not isinstance(value, np.ndarray) or not value.flags.c_contiguous:
+            raise TypeError(f"{param.name}: a C-contiguous array is needed")
+        dtype = values.numpy_dtype(param.ty.dtype)
+        if value.dtype != dtype or value.ndim != len(param.ty.shape):
+            raise TypeError(f"{param.name}: {value.dtype} {value.shape} for {param.ty}")
+        bound[slot] = global_view(param.name, value, ())
+        for extent, found in zip(param.ty.shape, value.shape):
+            if isinstance(extent, tvm.tirx.Var):
+                dim = program.slot(extent)
+                program.sources[dim] = frozenset([dim])
+                if bound.setdefault(dim, found) != found:
+                    raise TypeError(f"{param.name}: {extent.name} is {bound[dim]} and {found}")
+            elif isinstance(extent, tvm.tirx.IntImm) and int(extent) != found:
+                raise TypeError(f"{param.name}: extent {found} where {int(extent)} is declared")
+    return bound
+
+
+def thread_extents(stmt):
+    """Extents (expressions) by thread tag of all bound loops."""
+    found, stack = {}, [stmt]
+    while stack:
+        node = stack.pop()
+        if type(node).__name__ == "For" and node.kind == ForKind.THREAD_BINDING:
+            tag = node.thread_binding.thread_tag
+            if tag in found and not tvm.ir.structural_equal(found[tag], node.extent):
+                raise SimtError(f"{tag} is bound with extents {found[tag]} and {node.extent}")
+            found[tag] = node.extent
+        for name in ("body", "seq", "block", "then_case", "else_case"):
+            child = getattr(node, name, None)
+            if name == "seq" and child is not None:
+                stack.extend(child)
+            elif child is not None:
+                stack.append(child)
+    return found

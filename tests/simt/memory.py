@@ -1,0 +1,214 @@
+"""Memory of one thread block: bounds, poison, barriers between warps, asynchronous copies.
+
+Addresses are byte offsets into a region (one buffer). Every shared byte remembers which warp wrote
+it last and which warps read it since, each with the number of the barrier interval (epoch), so
+that an access which only lock step makes safe is an error: on a GPU warps run apart.
+"""
+
+import dataclasses
+
+import numpy as np
+
+POISON = 0xFF  # NaN in every float format, -1 in every integer
+ASYNC = 62  # the writer of bytes with a copy in flight
+MANY = 63  # the reader of bytes that several warps have read
+IN_FLIGHT = (1 << 30) | ASYNC
+
+
+class SimtError(AssertionError):
+    """The kernel does what no GPU promises to do, or what is undefined."""
+
+
+class Region:
+    """The bytes of one global or shared buffer."""
+
+    def __init__(self, name, data, base=0):
+        self.name, self.data, self.base = name, data, base
+        self.rows = {}
+
+    def by(self, size):
+        """The bytes as rows of `size`, for aligned accesses."""
+        if size not in self.rows:
+            self.rows[size] = self.data[: len(self.data) // size * size].reshape(-1, size)
+        return self.rows[size]
+
+    def describe(self, offset):
+        return f"byte {offset} of {self.name} ({len(self.data)} bytes)"
+
+    def read(self, block, offset, size):
+        """uint8 [threads, size] at byte offsets [threads]; inactive threads read anything."""
+        _, at = block.checked(self, offset, size)
+        self.note(block, offset, size, "read")
+        return self.by(size)[at // size] if not (at % size).any() else self.data[span(at, size)]
+
+    def write(self, block, offset, values):
+        """uint8 [threads, size] to byte offsets [threads]."""
+        size = values.shape[1]
+        active, at = block.checked(self, offset, size)
+        at, values = at[active], values[active]
+        self.note(block, offset, size, "write", values)
+        where = span(at, size)
+        self.data[where] = values
+        if not np.array_equal(self.data[where], values):
+            lane = (self.data[where] != values).any(1).argmax()
+            raise SimtError(
+                f"threads write different values to {self.describe(at[lane])} in one statement,"
+                f" {block.place(np.flatnonzero(active)[lane])}"
+            )
+
+    def note(self, block, offset, size, kind, values=None):
+        """Nothing to remember for global memory."""
+
+
+class Shared(Region):
+    """A shared buffer: poison at first, and who touched each byte."""
+
+    def __init__(self, name, size, base):
+        padded = -(-size // 16) * 16
+        super().__init__(name, np.full(size, POISON, np.uint8), base)
+        self.writer = np.zeros(padded, np.int32)
+        self.reader = np.zeros(padded, np.int32)
+
+    def note(self, block, offset, size, kind, values=None, tag=None):
+        active = block.active()
+        at, warp = np.broadcast_to(offset, active.shape)[active], block.warp[active]
+        if at.size == 0:
+            return
+        if size in (1, 2, 4, 8, 16) and not (at % size).any():
+            writer, reader, where = (
+                self.writer.reshape(-1, size),
+                self.reader.reshape(-1, size),
+                at // size,
+            )
+        else:
+            writer, reader, where = self.writer, self.reader, span(at, size)
+        warp = warp[:, None]
+        mine = block.epoch * 64 + warp
+        wrote = writer[where].reshape(len(at), size)
+        if wrote.max() >= block.clean:
+            self.judge(block, at, warp, wrote, f"{kind} after a write", values)
+        if kind == "read":
+            read = reader[where].reshape(len(at), size)
+            many = (read >= block.epoch * 64) & (read != mine)
+            tags = np.where(many, block.epoch * 64 + MANY, mine)
+            shape = reader[where].shape
+            reader[where] = tags.reshape(shape)
+            lost = (reader[where].reshape(len(at), size) != tags).any(1)
+            if lost.any():
+                reader[where[lost]] = block.epoch * 64 + MANY
+        else:
+            read = reader[where].reshape(len(at), size)
+            if read.max() >= block.clean:
+                self.judge(block, at, warp, read, "write after a read")
+            tags = mine if tag is None else np.full_like(mine, tag)
+            writer[where] = np.broadcast_to(tags, (len(at), size)).reshape(writer[where].shape)
+
+    def judge(self, block, at, warp, tags, what, values=None):
+        other = tags & 63
+        bad = (tags >> 6 > block.seen[warp, other]) & (other != warp)
+        if values is not None and bad.any():  # writing what is there already harms nobody
+            bad &= (self.data[span(at, tags.shape[1])] != values) | (other == ASYNC)
+        if bad.any():
+            row, column = np.unravel_index(bad.argmax(), bad.shape)
+            byte, warp, other = at[row] + column, int(warp[row, 0]), int(other[row, column])
+            if other == ASYNC:
+                raise SimtError(
+                    f"{what.split()[0]} of {self.describe(byte)} by warp {warp} while cp.async"
+                    f" into it is in flight: no wait_group covers it, {block.place()}"
+                )
+            whom = "several warps" if other == MANY else f"warp {other}"
+            raise SimtError(
+                f"{what} of {self.describe(byte)} by warp {warp}, no barrier since {whom}"
+                f" {'read' if what.endswith('read') else 'wrote'} it, {block.place()}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pointer:
+    """Byte offsets (int, or int64 [threads]) into a region; adding moves it by bytes."""
+
+    region: Region
+    offset: object
+    __array_ufunc__ = None  # NumPy leaves array + pointer to __radd__
+
+    def __add__(self, step):
+        return Pointer(self.region, self.offset + wide(step))
+
+    __radd__ = __add__
+
+    def __sub__(self, step):
+        return Pointer(self.region, self.offset - wide(step))
+
+    def number(self):
+        """The shared-memory address, as cvta.to.shared gives it."""
+        return self.offset + self.region.base
+
+    def __xor__(self, bits):
+        return self.number() ^ wide(bits)
+
+    __rxor__ = __xor__
+
+    def read(self, block, size, aligned=True):
+        if aligned:
+            self.require_aligned(block, size)
+        return self.region.read(block, block.lanes_of(self.offset), size)
+
+    def write(self, block, values, aligned=True):
+        if aligned:
+            self.require_aligned(block, values.shape[1])
+        self.region.write(block, block.lanes_of(self.offset), values)
+
+    def require_aligned(self, block, size):
+        bad = (block.lanes_of(self.offset) % size != 0) & block.active()
+        if bad.any():
+            thread = int(bad.argmax())
+            raise SimtError(
+                f"{size}-byte access to {self.region.describe(block.lanes_of(self.offset)[thread])}"
+                f" is not aligned, {block.place(thread)}"
+            )
+
+
+def wide(value):
+    return value.astype(np.int64) if isinstance(value, np.ndarray) else int(value)
+
+
+def span(at, size):
+    """Byte indices [n, size] from starts [n]."""
+    return at[:, None] + np.arange(size)
+
+
+class AsyncCopies:
+    """cp.async: data is taken at the issue and lands when a wait covers its group."""
+
+    def __init__(self, threads):
+        self.committed = np.zeros(threads, np.int64)  # groups, by thread
+        self.pending = []  # (region, threads [n], offsets [n], bytes [n, size], group [n])
+
+    def issue(self, block, target, data):
+        target.require_aligned(block, data.shape[1])
+        region, size = target.region, data.shape[1]
+        active, at = block.checked(region, block.lanes_of(target.offset), size)
+        region.note(block, at, size, "write", tag=IN_FLIGHT)
+        threads = np.flatnonzero(active)
+        region.data[span(at[threads], size)] = POISON
+        copy = (region, threads, at[threads], data[threads], self.committed[threads])
+        self.pending.append(copy)
+
+    def commit(self, block):
+        self.committed += block.active()
+
+    def wait(self, block, groups):
+        """Land the copies of all groups but the last `groups` of each active thread; None: all."""
+        active, rest = block.active(), []
+        for region, threads, at, data, group in self.pending:
+            landed = active[threads]
+            if groups is not None:
+                landed = landed & (group < self.committed[threads] - groups)
+            if landed.any():
+                where = span(at[landed], data.shape[1])
+                region.data[where] = data[landed]
+                region.writer[where] = (block.epoch * 64 + block.warp[threads[landed]])[:, None]
+            if not landed.all():
+                left = ~landed
+                rest.append((region, threads[left], at[left], data[left], group[left]))
+        self.pending = rest
