@@ -15,7 +15,6 @@ RULES = (
     gpu.GEMV(),
     gpu.Reduction(),
     gpu.GeneralReduction(),
-    gpu.Transpose(),
     gpu.Fallback(),
 )
 
