@@ -83,9 +83,11 @@ def reader(compiler, slot, arg):
 
 
 def bits_as(result, dtype):
-    """A result in a destination register: registers hold bits, not types."""
+    """A result in a destination register: registers hold bits, not types; integers extend."""
     if isinstance(result, Pointer) or result.dtype == dtype:
         return result
     if result.dtype.itemsize != dtype.itemsize:
+        if result.dtype.kind in "iu" and dtype.kind in "iu":
+            return result.astype(dtype)
         raise TypeError(f"a result of {result.dtype} for a register of {dtype}")
     return values.reinterpret(np.ascontiguousarray(result), result.dtype, dtype)

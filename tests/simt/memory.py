@@ -70,6 +70,7 @@ class Shared(Region):
         self.reader = np.zeros(padded, np.int32)
 
     def note(self, block, offset, size, kind, values=None, tag=None):
+        """Judge a "read", "write" or "atomic" access of the active threads, and remember it."""
         active = block.active()
         at, warp = np.broadcast_to(offset, active.shape)[active], block.warp[active]
         if at.size == 0:
@@ -86,6 +87,8 @@ class Shared(Region):
         mine = block.epoch * 64 + warp
         wrote = writer[where].reshape(len(at), size)
         if wrote.max() >= block.clean:
+            if kind == "atomic":  # atomics do not race with one another
+                wrote = np.where(wrote & 63 == MANY, 0, wrote)
             self.judge(block, at, warp, wrote, f"{kind} after a write", values)
         if kind == "read":
             read = reader[where].reshape(len(at), size)
@@ -99,7 +102,9 @@ class Shared(Region):
         else:
             read = reader[where].reshape(len(at), size)
             if read.max() >= block.clean:
-                self.judge(block, at, warp, read, "write after a read")
+                self.judge(block, at, warp, read, f"{kind} after a read", values)
+            if kind == "atomic":
+                tag = block.epoch * 64 + MANY
             tags = mine if tag is None else np.full_like(mine, tag)
             writer[where] = np.broadcast_to(tags, (len(at), size)).reshape(writer[where].shape)
 
