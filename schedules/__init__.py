@@ -16,7 +16,8 @@ from tvm.target import Target
 from tvm.tirx import PrimFunc
 
 from ..runtime.errors import UnsupportedError
-from .cuda import gemm_plain
+from .cuda import attention as cuda_attention
+from .cuda import gemm as cuda_gemm
 from .llvm import attention, gemm, longformer, nsa
 
 SCHEDULES: dict[str, dict[str, Callable[[PrimFunc, Target], PrimFunc]]] = {
@@ -35,12 +36,15 @@ without a row have a builder of ``int8_matmul``.
 """
 
 TIR_BUILDERS: dict[str, dict[str, Callable[[Any, Target], PrimFunc]]] = {
-    "int8_matmul": {"cuda": gemm_plain.build},
+    "int8_matmul": {"cuda": cuda_gemm.build},
     "qordered_longformer_attention.attention": {"llvm": longformer.attention},
     "qordered_longformer_attention.gather_global_rows": {"llvm": longformer.gather_global_rows},
     "qordered_longformer_attention.global_tokens": {"llvm": longformer.global_tokens},
     "nsa_compress_attention.attend_select": {"llvm": nsa.attend_select},
-    "speed_fusion_attention.fused": {"llvm": attention.build_attention},
+    "speed_fusion_attention.fused": {
+        "cuda": cuda_attention.build_attention,
+        "llvm": attention.build_attention,
+    },
 }
 
 

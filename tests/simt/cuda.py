@@ -136,7 +136,15 @@ def nothing(block, dtype, *args):
     """Fences and prints: lock step orders all memory accesses anyway."""
 
 
+def pure_extern(block, dtype, name, *args):
+    """A function of the CUDA math library."""
+    return EXTERNS[name](*args)
+
+
+EXTERNS = {"__fmul_rn": np.multiply}
+
 CALLS = {
+    "call_pure_extern": pure_extern,
     "cuda.cta_sync": cta_sync,
     "cuda.syncthreads_and": syncthreads(np.all),
     "cuda.syncthreads_or": syncthreads(np.any),
