@@ -10,6 +10,7 @@ from tvm.ir import Call
 from . import calls, values
 from .memory import Pointer, SimtError
 from .storage import is_local
+from .vector import lane, lanes, scalar_dtype
 
 REMEMBERED = 4096  # values kept by one address expression
 
@@ -25,10 +26,9 @@ class Expressions:
         return self.slots.setdefault(var, len(self.slots))
 
     def dtype(self, expr):
-        name = str(expr.ty.dtype)
-        if "x" in name[1:] and not name.startswith("handle"):
-            raise NotImplementedError(f"vector value {expr} of dtype {name}")
-        return values.numpy_dtype(name)
+        if lanes(expr) > 1:
+            raise NotImplementedError(f"vector value {expr} of dtype {expr.ty.dtype}")
+        return values.numpy_dtype(expr.ty.dtype)
 
     def compile(self, expr):
         """The closure of a scalar expression."""
@@ -74,7 +74,7 @@ class Expressions:
             parts = (expr.a, expr.b)
         elif kind in ("Cast", "Not"):
             parts = (expr.value,) if kind == "Cast" else (expr.a,)
-        elif isinstance(expr, Call) and expr.op.name in values.BINARY_CALLS:
+        elif isinstance(expr, Call) and values.operator_name(expr) in values.BINARY_CALLS:
             parts = tuple(expr.args)
         else:
             return None
@@ -206,8 +206,6 @@ class Expressions:
         """(slot of the buffer, closures of the indices) of a scalar element."""
         if buffer not in self.slots:
             raise SimtError(f"buffer {buffer.name} is used before it is declared")
-        for index in indices:
-            self.dtype(index)
         return self.slots[buffer], [self.compile(index) for index in indices]
 
     def lvalue(self, buffer, indices):
@@ -218,15 +216,20 @@ class Expressions:
         )
 
     def call(self, expr):
-        name, args = expr.op.name, list(expr.args)
+        name, args = values.operator_name(expr), list(expr.args)
         if name in ("tirx.likely",):
             return self.compile(args[0])
         if name == "tirx.if_then_else":
             return self.choice(*args, self.dtype(expr))
         if name == "tirx.reinterpret":
+            if lanes(args[-1]) > 1:
+                columns, target = self.columns(args[-1]), self.dtype(expr)
+                return lambda block: joined(block, columns(block), target)
             source, target = self.dtype(args[-1]), self.dtype(expr)
             operand = self.compile(args[-1])
             return lambda block: values.reinterpret(operand(block), source, target)
+        if name == "tirx.dp4a":
+            return self.dp4a(*args)
         if name == "tirx.address_of":
             return self.address_of(args[0])
         if name == "tirx.buffer_data":
@@ -257,6 +260,31 @@ class Expressions:
 
         return value
 
+    def columns(self, expr):
+        """The closure of a vector expression: a list of arrays [threads], one by lane."""
+        dtype = values.numpy_dtype(scalar_dtype(expr))
+        if isinstance(expr, Call) and values.operator_name(expr) == "tirx.reinterpret":
+            operand, source = self.columns(expr.args[-1]), expr.args[-1]
+            source = values.numpy_dtype(scalar_dtype(source))
+
+            def parts(block):
+                raw = np.stack([block.array(v, source) for v in operand(block)], axis=1)
+                return list(raw.view(dtype).T)
+
+            return parts
+        closures = [self.compile(lane(expr, i)) for i in range(lanes(expr))]
+        return lambda block: [block.array(closure(block), dtype) for closure in closures]
+
+    def dp4a(self, a, b, c):
+        """c plus the products of four bytes."""
+        a, b, c, dtype = self.columns(a), self.columns(b), self.compile(c), self.dtype(c)
+
+        def value(block):
+            products = [x.astype(dtype) * y.astype(dtype) for x, y in zip(a(block), b(block))]
+            return sum(products, block.array(c(block), dtype))
+
+        return value
+
     def address_of(self, target):
         buffer, indices = self.element(target.source, target.indices)
 
@@ -284,6 +312,11 @@ def held(value):
     if isinstance(value, np.ndarray) and value.base is not None:
         return value.copy()
     return value
+
+
+def joined(block, columns, dtype):
+    """Lanes as one wider element."""
+    return np.stack(columns, axis=1).view(dtype).reshape(-1)
 
 
 def choose_pointer(block, test, yes, no):

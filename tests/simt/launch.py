@@ -80,11 +80,15 @@ def thread_extents(stmt):
     found, stack = {}, [stmt]
     while stack:
         node = stack.pop()
-        if type(node).__name__ == "For" and node.kind == ForKind.THREAD_BINDING:
-            tag = node.thread_binding.thread_tag
-            if tag in found and not tvm.ir.structural_equal(found[tag], node.extent):
-                raise SimtError(f"{tag} is bound with extents {found[tag]} and {node.extent}")
-            found[tag] = node.extent
+        tag, kind = None, type(node).__name__
+        if kind == "For" and node.kind == ForKind.THREAD_BINDING:
+            tag, extent = node.thread_binding.thread_tag, node.extent
+        elif kind == "AttrStmt" and node.attr_key == "thread_extent":
+            tag, extent = node.node.thread_tag, node.value
+        if tag is not None:
+            if tag in found and not tvm.ir.structural_equal(found[tag], extent):
+                raise SimtError(f"{tag} is bound with extents {found[tag]} and {extent}")
+            found[tag] = extent
         for name in ("body", "seq", "block", "then_case", "else_case"):
             child = getattr(node, name, None)
             if name == "seq" and child is not None:

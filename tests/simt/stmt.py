@@ -8,6 +8,7 @@ from . import values
 from .expr import Expressions, held
 from .memory import POISON, Region, Shared, SimtError
 from .storage import Local, View
+from .vector import lane, lanes
 
 WHILE_LIMIT = 1 << 20  # iterations after which a while loop is said to hang
 
@@ -97,10 +98,9 @@ class Statements(Expressions):
         return run
 
     def buffer_dtype(self, buffer):
-        name = str(buffer.ty.dtype)
-        if name.rpartition("x")[2].isdigit() and "x" in name:
-            raise NotImplementedError(f"buffer {buffer.name} of vectors ({name})")
-        return values.numpy_dtype(name)
+        if lanes(buffer) > 1:
+            raise NotImplementedError(f"buffer {buffer.name} of vectors ({buffer.ty.dtype})")
+        return values.numpy_dtype(buffer.ty.dtype)
 
     def shape(self, buffer):
         strides = buffer.ty.strides
@@ -128,6 +128,19 @@ class Statements(Expressions):
         return run
 
     def run_BufferStore(self, stmt):
+        width = max(lanes(index) for index in stmt.indices)
+        if width > 1:
+            columns = self.columns(stmt.value)
+            stores = [
+                self.lvalue(stmt.buffer, [lane(index, i) for index in stmt.indices])
+                for i in range(width)
+            ]
+
+            def run(block):
+                for store, value in zip(stores, columns(block)):
+                    store(block, held(value))
+
+            return run
         value = self.compile(stmt.value)
         store = self.lvalue(stmt.buffer, stmt.indices)
         return lambda block: store(block, value(block))
@@ -202,6 +215,22 @@ class Statements(Expressions):
             block.mask = saved
 
         return run
+
+    def run_AssertStmt(self, stmt):
+        condition = self.compile(stmt.condition)
+        message = "".join(str(part.value) for part in stmt.message_parts)
+
+        def run(block):
+            failed = ~block.lanes_of(condition(block)).astype(bool) & block.active()
+            if failed.any():
+                raise SimtError(f"assertion: {message}, {block.place(int(failed.argmax()))}")
+
+        return run
+
+    def run_AttrStmt(self, stmt):
+        if stmt.attr_key == "thread_extent":
+            return self.bound(stmt, stmt.node.thread_tag, self.slot(stmt.node.var))
+        return self.statement(stmt.body)
 
     def bound(self, stmt, tag, slot):
         if tag.startswith("blockIdx"):

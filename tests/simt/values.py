@@ -17,6 +17,11 @@ def numpy_dtype(name):
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
+def operator_name(call):
+    """The name of a call's operator; TVM has two name spaces for arithmetic."""
+    return call.op.name.replace("prim.", "tirx.", 1)
+
+
 def is_float(dtype):
     return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
 
