@@ -59,6 +59,7 @@ def gemm(k, stages=3, wait=None, barrier=True):
                         for kk in T.unroll(2):
                             for i in T.unroll(4):
                                 r = T.Bind(tx // 32 // 4 * 64 + i * 16 + tx % 16)
+                                chunk = T.Bind(kk * 2 + tx % 32 // 16 ^ r // 2 % 4)
                                 T.ptx["ldmatrix.sync.aligned.m8n8.x4.shared.b16"](
                                     fa[i * 4],
                                     fa[i * 4 + 1],
@@ -74,19 +75,13 @@ def gemm(k, stages=3, wait=None, barrier=True):
                                 )
                             for j in T.unroll(2):
                                 r = T.Bind(tx // 32 % 4 * 32 + j * 16 + tx % 8 + tx % 32 // 16 * 8)
+                                chunk = T.Bind(kk * 2 + tx % 16 // 8 ^ r // 2 % 4)
                                 T.ptx["ldmatrix.sync.aligned.m8n8.x4.shared.b16"](
                                     fb[j * 4],
                                     fb[j * 4 + 1],
                                     fb[j * 4 + 2],
                                     fb[j * 4 + 3],
-                                    T.address_of(
-                                        sm[
-                                            stage
-                                            + tile
-                                            + r * 64
-                                            + (kk * 2 + tx % 16 // 8 ^ r // 2 % 4) * 16
-                                        ]
-                                    ),
+                                    T.address_of(sm[stage + tile + r * 64 + chunk * 16]),
                                 )
                             for i in T.unroll(4):
                                 for j in T.unroll(4):
@@ -330,3 +325,306 @@ def test_missing_barriers(barrier, again, message):
     x, y = np.arange(64, dtype=np.int32), np.zeros(64, np.int32)
     with pytest.raises(SimtError, match=message):
         run(exchange(barrier, again), x, y)
+
+
+@T.prim_func(s_tir=True, private=True)
+def doubled(x: T.Buffer((100,), "float32"), y: T.Buffer((100,), "float32")):
+    for bx in T.thread_binding(2, "blockIdx.x"):
+        for tx in T.thread_binding(64, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                y[bx * 64 + tx] = x[bx * 64 + tx] * T.float32(2)
+
+
+def test_access_out_of_bounds_names_the_thread():
+    x, y = np.ones(100, np.float32), np.full(100, np.nan, np.float32)
+    message = (
+        r"index 100 of axis 0 is outside x \[100\] \(extent 100\), at blockIdx.x 1, .* thread 36"
+    )
+    with pytest.raises(SimtError, match=message):
+        run(doubled, x, y)
+    run(doubled, x, y, blocks=[(0, 0, 0)])
+    assert_array_equal(y, np.r_[np.full(64, 2), np.full(36, np.nan)])
+
+
+def test_masks_select_and_tail():
+    @T.prim_func(s_tir=True, private=True)
+    def func(n: T.int32, x: T.Buffer((100,), "float32"), y: T.Buffer((128,), "float32")):
+        for tx in T.thread_binding(128, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                v = T.alloc_buffer((1,), "float32", scope="local")
+                v[0] = T.if_then_else(tx < n, x[tx], T.float32(-1))
+                if tx < n and x[tx] > T.float32(9):
+                    y[tx] = v[0] + T.Select(tx < n - 1, x[tx + 1], T.float32(0.5))
+                else:
+                    y[tx] = v[0]
+
+    x, y = np.arange(100, dtype=np.float32), np.zeros(128, np.float32)
+    run(func, 100, x, y)
+    expected = np.r_[x, np.full(28, -1)]
+    expected[10:99] += x[11:]
+    expected[99] += 0.5
+    assert_array_equal(y, expected)
+
+
+def test_symbolic_extents_bound_by_the_arrays():
+    @T.prim_func(s_tir=True, private=True)
+    def func(a: T.handle, b: T.handle):
+        m = T.int64()
+        x = T.match_buffer(a, (m, 3), "int32")
+        y = T.match_buffer(b, (m,), "int32")
+        for bx in T.thread_binding((m + 31) // 32, "blockIdx.x"):
+            for tx in T.thread_binding(32, "threadIdx.x"):
+                with T.sblock("root"):
+                    T.reads()
+                    T.writes()
+                    if bx * 32 + tx < m:
+                        y[bx * 32 + tx] = x[bx * 32 + tx, 0] + x[bx * 32 + tx, 2]
+
+    x, y = np.arange(213, dtype=np.int32).reshape(71, 3), np.zeros(71, np.int32)
+    run(func, x, y)
+    assert_array_equal(y, x[:, 0] + x[:, 2])
+    with pytest.raises(TypeError, match="y: m is 71 and 70"):
+        run(func, x, y[:70])
+
+
+def test_loops_that_diverge():
+    @T.prim_func(s_tir=True, private=True)
+    def func(y: T.Buffer((64, 3), "int32")):
+        for tx in T.thread_binding(64, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                s = T.alloc_buffer((3,), "int32", scope="local")
+                for i in range(3):
+                    s[i] = 0
+                for i in range(tx % 5):
+                    s[0] = s[0] + i
+                while s[1] * s[1] < tx:
+                    s[1] = s[1] + 1
+                for i in range(tx, 64):
+                    s[2] = s[2] + i
+                for i in range(3):
+                    y[tx, i] = s[i]
+
+    y = np.zeros((64, 3), np.int32)
+    run(func, y)
+    n = np.arange(64)
+    assert_array_equal(y[:, 0], (n % 5) * (n % 5 - 1) // 2)
+    assert_array_equal(y[:, 1], np.ceil(np.sqrt(n)))
+    assert_array_equal(y[:, 2], [sum(range(i, 64)) for i in n])
+
+
+def divergent(statement):
+    """One warp of two, or half of the first, reaches a statement that needs them all."""
+
+    @T.prim_func(s_tir=True, private=True)
+    def barrier(y: T.Buffer((64,), "int32")):
+        for tx in T.thread_binding(64, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                if tx < 32:
+                    T.cuda.cta_sync()
+                y[tx] = 0
+
+    @T.prim_func(s_tir=True, private=True)
+    def shuffle(y: T.Buffer((64,), "int32")):
+        for tx in T.thread_binding(64, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                if tx < 16:
+                    y[tx] = T.tvm_warp_shuffle_xor(T.uint32(ALL), tx, 1, 32, 32)
+
+    @T.prim_func(s_tir=True, private=True)
+    def conflict(y: T.Buffer((64,), "int32")):
+        for tx in T.thread_binding(64, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                y[tx // 2] = tx
+
+    @T.prim_func(s_tir=True, private=True)
+    def misaligned(y: T.Buffer((64,), "int32")):
+        for tx in T.thread_binding(32, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                v = T.alloc_buffer((2,), "int32", scope="local")
+                T.ptx["ld.global.v2.s32"](v[0], v[1], T.address_of(y[tx]))
+
+    return locals()[statement]
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("barrier", "cta_sync reached by 32 of 64 threads"),
+        ("shuffle", "member mask names other lanes than those that arrive"),
+        ("conflict", "threads write different values to byte 0 of y"),
+        ("misaligned", r"8-byte access to byte 4 of y \(256 bytes\) is not aligned, .* thread 1"),
+    ],
+)
+def test_divergence_and_conflicts(statement, message):
+    with pytest.raises(SimtError, match=message):
+        run(divergent(statement), np.zeros(64, np.int32))
+
+
+def test_warp_functions():
+    @T.prim_func(s_tir=True, private=True)
+    def func(y: T.Buffer((8, 64), "int32")):
+        for tx in T.thread_binding(64, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                d = T.alloc_buffer((2,), "uint32", scope="local")
+                full = T.Bind(T.uint32(ALL))
+                y[0, tx] = T.tvm_warp_shuffle_xor(full, tx, 5, 32, 32)
+                y[1, tx] = T.tvm_warp_shuffle_down(full, tx, 3, 8, 32)
+                y[2, tx] = T.tvm_warp_shuffle_up(full, tx, 2, 32, 32)
+                y[3, tx] = T.tvm_warp_shuffle(full, tx, 9, 16, 32)
+                y[4, tx] = T.cuda.warp_sum(tx)
+                y[5, tx] = T.cuda.warp_max(tx % 7, 8)
+                T.ptx["redux_sync.min.s32"](y[6, tx], tx - 40, full)
+                T.ptx["vote_sync.ballot.b32"](d[0], tx % 3 == 0, full)
+                y[7, tx] = T.reinterpret("int32", d[0])
+
+    y = np.zeros((8, 64), np.int32)
+    run(func, y)
+    t = np.arange(64)
+    lane, base = t % 32, t // 32 * 32
+    assert_array_equal(y[0], t ^ 5)
+    assert_array_equal(y[1], np.where(t % 8 + 3 < 8, t + 3, t))
+    assert_array_equal(y[2], np.where(lane >= 2, t - 2, t))
+    assert_array_equal(y[3], t // 16 * 16 + 9)
+    assert_array_equal(y[4], np.where(t < 32, 496, 496 + 1024))
+    assert_array_equal(y[5], (t % 7).reshape(8, 8).max(1).repeat(8))
+    assert_array_equal(y[6], base - 40)
+    # multiples of 3: bits 0, 3, ... of the first warp; 33, 36, ... are bits 1, 4, ... of the second
+    assert_array_equal(y[7].view(np.uint32), np.where(t < 32, 0x49249249, 0x92492492))
+
+
+def test_register_instructions():
+    @T.prim_func(s_tir=True, private=True)
+    def func(y: T.Buffer((12,), "uint32"), f: T.Buffer((2,), "float32")):
+        for tx in T.thread_binding(1, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                a = T.alloc_buffer((1,), "uint32", scope="local")
+                b = T.alloc_buffer((1,), "uint32", scope="local")
+                s = T.alloc_buffer((1,), "int32", scope="local")
+                a[0] = T.uint32(0x44332211)
+                b[0] = T.uint32(0x887766F5)
+                T.ptx["prmt.b32"](y[0], a[0], b[0], T.uint32(0x5410))
+                T.ptx["prmt.b32"](y[1], a[0], b[0], T.uint32(0x0C76))
+                T.ptx["lop3.b32"](y[2], a[0], b[0], T.uint32(0xFFFF), 0xEA)
+                T.ptx["cvt.rn.f16x2.f32"](y[3], T.float32(1.0), T.float32(-2.0))
+                T.ptx["cvt.rn.bf16x2.f32"](y[4], T.float32(1.00390625), T.float32(1.01171875))
+                T.ptx["cvt.rni.s8.f32"](s[0], T.float32(-200.5))
+                y[5] = T.reinterpret("uint32", s[0])
+                T.ptx["cvt.rni.s32.f32"](s[0], T.float32(2.5))
+                y[6] = T.reinterpret("uint32", s[0])
+                T.ptx["dp4a.s32.s32"](s[0], T.int32(0x01FF0203), T.int32(0x05040302), T.int32(-7))
+                y[7] = T.reinterpret("uint32", s[0])
+                T.ptx["ex2.approx.ftz.f32"](f[0], T.float32(-3.0))
+                T.ptx["fma.rn.f32"](f[1], T.float32(3), T.float32(4), T.float32(5))
+                y[8] = T.popcount(a[0]) + T.clz(a[0])
+                T.ptx["shf.l.wrap.b32"](y[9], a[0], b[0], T.uint32(8))
+                T.ptx["bfe.u32"](y[10], a[0], T.uint32(4), T.uint32(8))
+                y[11] = T.shift_right(b[0], T.uint32(4)) ^ T.uint32(1)
+
+    y, f = np.zeros(12, np.uint32), np.zeros(2, np.float32)
+    run(func, y, f)
+    assert [f"{v:08x}" for v in y] == [
+        "66f52211",  # bytes 0, 1 of a, then 0, 1 of b
+        "11ff8877",  # bytes 6, 7, the sign of byte 4, byte 0
+        "0033ffff",  # a & b | c
+        "3c00c000",  # 1.0 high, -2.0 low
+        "3f803f82",  # ties to even: 1 + 2^-8 down, 1 + 3 * 2^-8 up
+        "ffffff80",  # saturates at -128
+        "00000002",
+        "00000006",  # 1 * 5 - 1 * 4 + 2 * 3 + 3 * 2 - 7
+        "0000000b",  # 10 bits set, 1 leading zero
+        "7766f544",
+        "00000021",
+        "0887766e",
+    ]
+    assert f.tolist() == [0.125, 17.0]
+
+
+def test_arithmetic_of_c():
+    @T.prim_func(s_tir=True, private=True)
+    def func(f: T.Buffer((4,), "float32"), n: T.Buffer((4,), "int32"), y: T.Buffer((8, 4), "int32"),
+             h: T.Buffer((2, 4), "float32")):  # fmt: skip
+        for tx in T.thread_binding(4, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                y[0, tx] = T.Cast("int32", f[tx])
+                y[1, tx] = T.Cast("int32", T.Cast("int8", f[tx]))
+                y[2, tx] = T.truncdiv(n[tx], 3)
+                y[3, tx] = T.truncmod(n[tx], 3)
+                y[4, tx] = n[tx] // 3
+                y[5, tx] = n[tx] % 4
+                y[6, tx] = n[tx] * 0x10001
+                y[7, tx] = T.shift_left(n[tx], 4)
+                h[0, tx] = T.Cast("float32", T.Cast("float16", f[tx]) + T.float16(1))
+                h[1, tx] = T.Cast("float32", T.Cast("bfloat16", f[tx]))
+
+    f = np.array([-2.7, 200.5, 3e9, np.nan], np.float32)
+    n = np.array([-7, 7, 1 << 20, -(1 << 31)], np.int32)
+    y, h = np.zeros((8, 4), np.int32), np.zeros((2, 4), np.float32)
+    run(func, f, n, y, h)
+    assert y[:2].tolist() == [[-2, 200, 2147483647, 0], [-2, -56, -1, 0]]
+    assert y[2].tolist() == [-2, 2, 349525, -715827882]
+    assert y[3].tolist() == [-1, 1, 1, -2]
+    assert y[4].tolist() == [-3, 2, 349525, -715827883]
+    assert y[5].tolist() == [1, 3, 0, 0]
+    assert y[6].tolist() == [-7 * 0x10001, 7 * 0x10001, 1 << 20, -(1 << 31)]
+    assert y[7].tolist() == [-112, 112, 1 << 24, 0]
+    assert_array_equal(h[0], [-1.69921875, 201.5, np.inf, np.nan])
+    assert_array_equal(h[1], f.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def test_atomics_and_views_of_shared_bytes():
+    @T.prim_func(s_tir=True, private=True)
+    def func(x: T.Buffer((96,), "float16"), y: T.Buffer((3,), "float32")):
+        for tx in T.thread_binding(96, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                sm = T.alloc_buffer((256,), "uint8", scope="shared.dyn")
+                total = T.decl_buffer((3,), "float32", data=sm.data, scope="shared.dyn")
+                half = T.decl_buffer(
+                    (96,), "float16", data=sm.data, elem_offset=8, scope="shared.dyn"
+                )
+                if tx < 3:
+                    total[tx] = T.float32(0)
+                half[tx] = x[tx]
+                T.cuda.cta_sync()
+                T.cuda.atomic_add(T.address_of(total[tx % 3]), T.Cast("float32", half[95 - tx]))
+                T.cuda.cta_sync()
+                if tx < 3:
+                    y[tx] = total[tx]
+
+    x, y = np.arange(96, dtype=np.float16), np.zeros(3, np.float32)
+    run(func, x, y)
+    assert y.tolist() == x[::-1].astype(np.float32).reshape(32, 3).sum(0).tolist()
+
+
+def test_what_is_missing_is_named():
+    @T.prim_func(s_tir=True, private=True)
+    def func(y: T.Buffer((32,), "uint32")):
+        for tx in T.thread_binding(32, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                T.ptx["bfind.u32"](y[tx], y[tx])
+
+    with pytest.raises(NotImplementedError, match=r"PTX instruction bfind .*ptx\.CALLS"):
+        run(func, np.zeros(32, np.uint32))
