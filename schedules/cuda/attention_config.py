@@ -1,0 +1,171 @@
+"""How a block of the fused attention kernel is cut, by architecture and problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...runtime.errors import UnsupportedError
+from .arch import WARP, Arch
+
+if TYPE_CHECKING:
+    from ...relay_ops.speed_fusion_attention import AttentionProblem
+
+_DEPTH = 128
+"""The most elements of D in a tile of the ring."""
+_FEW_ROWS = 16
+"""One fragment of rows: up to here a block is one warp and the keys may be divided."""
+_SPLIT_BLOCKS = 528
+"""Blocks that fill a large GPU: four on each of 132 multiprocessors."""
+_SPLIT_KEYS = 256
+"""Each block of a divided sequence has at least so many keys."""
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Tiles of a block. D is cut into ``steps`` parts of ``depth``, the last one padded with zeros;
+    a block computes ``value_steps`` of these parts of the output.
+    """
+
+    tensor_cores: bool
+    warps: int
+    row_tiles: int
+    """16-row fragments of a warp."""
+    keys: int
+    depth: int
+    steps: int
+    value_steps: int
+    slices: int
+    """Blocks that share the rows of a tile and divide the columns of the output."""
+    slots: int
+    """Tiles of the ring, ``keys x depth`` each: 2 or 4."""
+    item_bytes: int
+    """Of an element in shared memory."""
+    piece: int
+    """Elements that one copy moves."""
+    asynchronous: bool
+    """Copies to shared memory bypass the registers."""
+    queries_in_registers: bool
+    heads: int = 1
+    """Query heads whose rows share a tile: N1 / N2, or 1."""
+    split_blocks: int = 0
+    """Divide the keys until there are so many blocks; 0: never."""
+    split_keys: int = _SPLIT_KEYS
+
+    @property
+    def threads(self) -> int:
+        return self.warps * WARP
+
+    @property
+    def warp_rows(self) -> int:
+        return 16 * self.row_tiles
+
+    @property
+    def rows(self) -> int:
+        return self.warps * self.warp_rows
+
+    @property
+    def width(self) -> int:
+        """Columns of the output that a block computes."""
+        return self.value_steps * self.depth
+
+    @property
+    def query_elements(self) -> int:
+        return self.rows * self.steps * self.depth
+
+    @property
+    def slot_elements(self) -> int:
+        return self.keys * self.depth
+
+    @property
+    def weight_elements(self) -> int:
+        """Weights pass through shared memory where no fragment takes them."""
+        return 0 if self.tensor_cores else self.rows * self.keys
+
+    @property
+    def shared_elements(self) -> int:
+        return self.query_elements + self.slots * self.slot_elements + self.weight_elements
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.shared_elements * self.item_bytes
+
+
+def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
+    """The largest tile of rows that is needed and fits; keys and ring follow from what is left of
+    the shared memory.
+
+    128 rows in four warps halve the traffic from shared memory against 64; with D above 128 their
+    accumulators would exceed the registers.
+    """
+    matrix = {"float16": arch.mma_float16, "bfloat16": arch.mma_bfloat16, "float32": None}
+    tensor_cores = matrix[problem.dtype] is not None
+    item = 2 if tensor_cores else 4
+    padded = _up(problem.D, 16)
+    steps = -(-padded // _DEPTH)
+    depth = _up(-(-padded // steps), 16)
+    wants_output = "attention_out" in problem.outputs
+    slices = -(-steps // 2) if wants_output else 1
+    heads, rows = _rows(problem)
+    piece, whole = _piece(problem, item)
+    for warps, row_tiles in ((4, 2), (4, 1), (2, 1), (1, 1)):
+        held = warps * row_tiles * 16
+        if (row_tiles == 2 and steps > 1) or (held > _FEW_ROWS and held >= 2 * rows):
+            continue
+        for keys in (64, 32, 16) if tensor_cores else (32, 16, 8):
+            for slots in (4, 2):
+                config = AttentionConfig(
+                    tensor_cores=tensor_cores,
+                    warps=warps,
+                    row_tiles=row_tiles,
+                    keys=keys,
+                    depth=depth,
+                    steps=steps,
+                    value_steps=-(-steps // slices) if wants_output else 0,
+                    slices=slices,
+                    slots=slots,
+                    item_bytes=item,
+                    piece=piece,
+                    asynchronous=whole and arch.cp_async,
+                    queries_in_registers=tensor_cores and steps * depth * row_tiles <= 128,
+                    heads=heads,
+                    split_blocks=_SPLIT_BLOCKS if rows <= _FEW_ROWS else 0,
+                )
+                if _fits(config, arch):
+                    return config
+    raise UnsupportedError(
+        f"{problem.label}: found D = {problem.D} in {problem.dtype}, allowed what "
+        f"{arch.shared_per_block} bytes of shared memory hold on {arch.name}"
+    )
+
+
+def _fits(config: AttentionConfig, arch: Arch) -> bool:
+    """A deep ring only where two blocks still share a multiprocessor."""
+    if config.slots > 2:
+        both = 2 * (config.shared_bytes + 1024)
+        return config.asynchronous and both <= arch.shared_per_sm
+    return config.shared_bytes <= arch.shared_per_block
+
+
+def _rows(problem: AttentionProblem) -> tuple[int, int]:
+    """Heads that share a tile, and the rows it would need to hold all of them."""
+    if problem.layout == "TND" or not isinstance(problem.S1, int):
+        return 1, 1 << 20
+    group = problem.N1 // problem.N2
+    if group * problem.S1 <= _FEW_ROWS:
+        return group, group * problem.S1
+    return 1, problem.S1
+
+
+def _piece(problem: AttentionProblem, item: int) -> tuple[int, bool]:
+    """Elements of a copy, and whether the copy engine of the load path can do it: rows begin at
+    multiples of D.
+    """
+    source = _ITEM_BYTES[problem.dtype]
+    piece = max(p for p in (1, 2, 4, 8) if problem.D % p == 0 and p * item <= 16)
+    return piece, source == item and piece * item >= 4
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
