@@ -511,7 +511,7 @@ def test_warp_functions():
 def test_register_instructions():
     @T.prim_func(s_tir=True, private=True)
     def func(y: T.Buffer((12,), "uint32"), f: T.Buffer((2,), "float32")):
-        for tx in T.thread_binding(1, "threadIdx.x"):
+        for _ in T.thread_binding(1, "threadIdx.x"):
             with T.sblock("root"):
                 T.reads()
                 T.writes()
