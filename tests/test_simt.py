@@ -124,12 +124,16 @@ def test_pipelined_int8_gemm_is_exact():
 
 
 def test_gemm_that_waits_for_too_few_groups():
-    with pytest.raises(SimtError, match=r"read of byte \d+ of sm .* cp.async into it is in flight"):
+    with pytest.raises(
+        SimtError, match=r"read of byte \d+ of sm .* while cp.async into it is in flight"
+    ):
         run(gemm(256, wait=2), *gemm_operands(256))
 
 
 def test_gemm_without_barrier():
-    with pytest.raises(SimtError, match=r"read after a write of byte \d+ of sm .* no barrier"):
+    with pytest.raises(
+        SimtError, match=r"read of byte \d+ of sm .* no cta_sync since thread \d+ wrote it"
+    ):
         run(gemm(256, barrier=False), *gemm_operands(256))
 
 
@@ -317,8 +321,12 @@ def test_exchange_between_warps():
 @pytest.mark.parametrize(
     ("barrier", "again", "message"),
     [
-        (False, True, "read after a write of byte 128 of sm .* by warp 0, no barrier since warp 1"),
-        (True, False, "write after a read of byte 0 of sm .* by warp 0, no barrier since warp 1"),
+        (
+            False,
+            True,
+            "read of byte 128 of sm .* no cta_sync since thread 32 wrote it, .* thread 0",
+        ),
+        (True, False, "write of byte 0 of sm .* no cta_sync since thread 32 read it, .* thread 0"),
     ],
 )
 def test_missing_barriers(barrier, again, message):
@@ -416,6 +424,56 @@ def test_loops_that_diverge():
     assert_array_equal(y[:, 0], (n % 5) * (n % 5 - 1) // 2)
     assert_array_equal(y[:, 1], np.ceil(np.sqrt(n)))
     assert_array_equal(y[:, 2], [sum(range(i, 64)) for i in n])
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_exchange_between_lanes(sync):
+    @T.prim_func(s_tir=True, private=True)
+    def func(y: T.Buffer((64,), "int32")):
+        for tx in T.thread_binding(64, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                sm = T.alloc_buffer((64,), "int32", scope="shared")
+                sm[tx] = tx
+                if tx < 32:
+                    if sync:
+                        T.cuda.warp_sync()
+                    y[tx] = sm[tx ^ 1]
+                else:
+                    y[tx] = sm[tx]
+
+    y = np.zeros(64, np.int32)
+    if sync:
+        run(func, y)
+        assert_array_equal(y, np.r_[np.arange(32) ^ 1, np.arange(32, 64)])
+    else:
+        with pytest.raises(SimtError, match=r"no warp_sync since thread 1 wrote it, .* thread 0"):
+            run(func, y)
+
+
+def test_barriers_of_a_part_of_the_block():
+    """Warps 0 and 1 exchange behind a barrier of their own; warp 2 knows nothing of it."""
+
+    @T.prim_func(s_tir=True, private=True)
+    def func(outsider: T.bool, y: T.Buffer((96,), "int32")):
+        for tx in T.thread_binding(96, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                sm = T.alloc_buffer((96,), "int32", scope="shared")
+                sm[tx] = tx
+                if tx < 64:
+                    T.ptx["bar.sync"](1, 64)
+                    y[tx] = sm[tx ^ 32]
+                elif outsider:
+                    y[tx] = sm[tx - 64]
+
+    y = np.zeros(96, np.int32)
+    run(func, False, y)
+    assert_array_equal(y, np.r_[np.arange(64) ^ 32, np.zeros(32)])
+    with pytest.raises(SimtError, match="no cta_sync since thread 0 wrote it, .* thread 64"):
+        run(func, True, y)
 
 
 def divergent(statement):

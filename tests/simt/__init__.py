@@ -7,6 +7,6 @@ warps without a barrier, a copy in flight that is read.
 """
 
 from .launch import run
-from .memory import SimtError
+from .races import SimtError
 
 __all__ = ["SimtError", "run"]

@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from .memory import ASYNC, MANY, AsyncCopies, Pointer, SimtError
-
-WARP = 32
+from .memory import AsyncCopies, Pointer
+from .races import WARP, Order, SimtError
 
 
 class Block:
@@ -13,15 +12,11 @@ class Block:
     def __init__(self, threads, index, env):
         self.threads, self.index, self.env = threads, index, env
         self.lane = np.arange(threads)
-        self.warp = self.lane // WARP
         self.everyone = np.ones(threads, bool)
         self.mask = None
         self.regions = []  # shared, in order of allocation
         self.copies = AsyncCopies(threads)
-        self.epoch, self.clean = 1, 64
-        # seen[w, v]: warp w is behind a barrier for everything v did up to that epoch.
-        self.seen = np.zeros((-(-threads // WARP), 64), np.int32)
-        self.seen[:, ASYNC] = -2  # nothing is behind a copy in flight
+        self.order = Order(-(-threads // WARP))
 
     def active(self):
         return self.everyone if self.mask is None else self.mask
@@ -93,10 +88,10 @@ class Block:
                 f"{what} reached by {int(self.mask.sum())} of {self.threads} threads,"
                 f" {self.place()}"
             )
-        self.seen[:, :ASYNC] = self.epoch
-        self.seen[:, MANY] = self.epoch
-        self.epoch += 1
-        self.clean = self.epoch * 64
+        self.order.barrier()
+
+    def warp_barrier(self, what="warp_sync"):
+        self.order.warp_barrier(np.flatnonzero(self.active_warps(what)))
 
     def named_barrier(self, what, count):
         """`count` threads, of which all must be here now."""
@@ -107,11 +102,4 @@ class Block:
             raise SimtError(
                 f"{what} of {count} threads reached by {int(self.active().sum())}, {self.place()}"
             )
-        joined = self.seen[warps, :ASYNC].max(0)
-        joined[np.flatnonzero(warps)] = self.epoch
-        self.seen[np.flatnonzero(warps)[:, None], np.arange(ASYNC)] = joined
-        for warp in np.flatnonzero(warps):
-            others = np.delete(self.seen[warp, : len(warps)], warp)
-            self.seen[warp, MANY] = others.min(initial=self.epoch)
-        self.epoch += 1
-        return None
+        return self.order.join(np.flatnonzero(warps))

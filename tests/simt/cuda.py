@@ -7,7 +7,7 @@ ints and NumPy scalars where uniform, arrays [threads] otherwise, strings, point
 import numpy as np
 
 from . import lane_calls, memory_calls
-from .block import WARP
+from .races import WARP
 
 ALL_LANES = 0xFFFFFFFF
 
@@ -30,11 +30,11 @@ def storage_sync(block, dtype, scope):
     if scope in ("shared", "shared.dyn"):
         block.barrier("tvm_storage_sync")
     else:
-        block.active_warps(f"sync of {scope}")
+        block.warp_barrier(f"sync of {scope}")
 
 
 def warp_sync(block, dtype):
-    block.active_warps("warp_sync")
+    block.warp_barrier()
 
 
 def to_shared(block, dtype, pointer):

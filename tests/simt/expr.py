@@ -8,7 +8,8 @@ import numpy as np
 from tvm.ir import Call
 
 from . import calls, values
-from .memory import Pointer, SimtError
+from .memory import Pointer
+from .races import SimtError
 from .storage import is_local
 from .vector import lane, lanes, scalar_dtype
 

@@ -6,9 +6,8 @@ Signatures as ptx.CALLS wants them.
 import ml_dtypes
 import numpy as np
 
-from .block import WARP
-from .memory import SimtError
 from .memory_calls import TYPES, low_bits
+from .races import WARP, SimtError
 
 PAIRS = {"f16x2": np.float16, "bf16x2": ml_dtypes.bfloat16, "u16x2": np.uint16, "s16x2": np.int16}
 BITS = np.uint32(1) << np.arange(WARP, dtype=np.uint32)
@@ -31,7 +30,8 @@ def members(block, membermask, what):
 
 
 def warp_sync(block, mods, membermask):
-    members(block, membermask[0], "bar.warp.sync")
+    active = members(block, membermask[0], "bar.warp.sync")
+    block.order.warp_barrier(np.flatnonzero(active.all(1)))
 
 
 def shuffle(block, value, mode, b, c, membermask):

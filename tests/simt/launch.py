@@ -8,7 +8,7 @@ from tvm.tirx import ForKind, is_buffer_var
 
 from . import values
 from .block import Block
-from .memory import SimtError
+from .races import SimtError
 from .stmt import Statements, global_view
 
 TAGS = [f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx") for axis in "xyz"]

@@ -1,22 +1,15 @@
-"""Memory of one thread block: bounds, poison, barriers between warps, asynchronous copies.
+"""Memory of one thread block: regions of bytes, bounds, poison, asynchronous copies.
 
-Addresses are byte offsets into a region (one buffer). Every shared byte remembers which warp wrote
-it last and which warps read it since, each with the number of the barrier interval (epoch), so
-that an access which only lock step makes safe is an error: on a GPU warps run apart.
+Addresses are byte offsets into a region (one buffer).
 """
 
 import dataclasses
 
 import numpy as np
 
+from .races import History, SimtError
+
 POISON = 0xFF  # NaN in every float format, -1 in every integer
-ASYNC = 62  # the writer of bytes with a copy in flight
-MANY = 63  # the reader of bytes that several warps have read
-IN_FLIGHT = (1 << 30) | ASYNC
-
-
-class SimtError(AssertionError):
-    """The kernel does what no GPU promises to do, or what is undefined."""
 
 
 class Region:
@@ -64,68 +57,11 @@ class Shared(Region):
     """A shared buffer: poison at first, and who touched each byte."""
 
     def __init__(self, name, size, base):
-        padded = -(-size // 16) * 16
         super().__init__(name, np.full(size, POISON, np.uint8), base)
-        self.writer = np.zeros(padded, np.int32)
-        self.reader = np.zeros(padded, np.int32)
+        self.history = History(self, size)
 
-    def note(self, block, offset, size, kind, values=None, tag=None):
-        """Judge a "read", "write" or "atomic" access of the active threads, and remember it."""
-        active = block.active()
-        at, warp = np.broadcast_to(offset, active.shape)[active], block.warp[active]
-        if at.size == 0:
-            return
-        if size in (1, 2, 4, 8, 16) and not (at % size).any():
-            writer, reader, where = (
-                self.writer.reshape(-1, size),
-                self.reader.reshape(-1, size),
-                at // size,
-            )
-        else:
-            writer, reader, where = self.writer, self.reader, span(at, size)
-        warp = warp[:, None]
-        mine = block.epoch * 64 + warp
-        wrote = writer[where].reshape(len(at), size)
-        if wrote.max() >= block.clean:
-            if kind == "atomic":  # atomics do not race with one another
-                wrote = np.where(wrote & 63 == MANY, 0, wrote)
-            self.judge(block, at, warp, wrote, f"{kind} after a write", values)
-        if kind == "read":
-            read = reader[where].reshape(len(at), size)
-            many = (read >= block.epoch * 64) & (read != mine)
-            tags = np.where(many, block.epoch * 64 + MANY, mine)
-            shape = reader[where].shape
-            reader[where] = tags.reshape(shape)
-            lost = (reader[where].reshape(len(at), size) != tags).any(1)
-            if lost.any():
-                reader[where[lost]] = block.epoch * 64 + MANY
-        else:
-            read = reader[where].reshape(len(at), size)
-            if read.max() >= block.clean:
-                self.judge(block, at, warp, read, f"{kind} after a read", values)
-            if kind == "atomic":
-                tag = block.epoch * 64 + MANY
-            tags = mine if tag is None else np.full_like(mine, tag)
-            writer[where] = np.broadcast_to(tags, (len(at), size)).reshape(writer[where].shape)
-
-    def judge(self, block, at, warp, tags, what, values=None):
-        other = tags & 63
-        bad = (tags >> 6 > block.seen[warp, other]) & (other != warp)
-        if values is not None and bad.any():  # writing what is there already harms nobody
-            bad &= (self.data[span(at, tags.shape[1])] != values) | (other == ASYNC)
-        if bad.any():
-            row, column = np.unravel_index(bad.argmax(), bad.shape)
-            byte, warp, other = at[row] + column, int(warp[row, 0]), int(other[row, column])
-            if other == ASYNC:
-                raise SimtError(
-                    f"{what.split()[0]} of {self.describe(byte)} by warp {warp} while cp.async"
-                    f" into it is in flight: no wait_group covers it, {block.place()}"
-                )
-            whom = "several warps" if other == MANY else f"warp {other}"
-            raise SimtError(
-                f"{what} of {self.describe(byte)} by warp {warp}, no barrier since {whom}"
-                f" {'read' if what.endswith('read') else 'wrote'} it, {block.place()}"
-            )
+    def note(self, *args, **kwargs):
+        self.history.note(*args, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -193,7 +129,7 @@ class AsyncCopies:
         target.require_aligned(block, data.shape[1])
         region, size = target.region, data.shape[1]
         active, at = block.checked(region, block.lanes_of(target.offset), size)
-        region.note(block, at, size, "write", tag=IN_FLIGHT)
+        region.note(block, at, size, "write", in_flight=True)
         threads = np.flatnonzero(active)
         region.data[span(at[threads], size)] = POISON
         copy = (region, threads, at[threads], data[threads], self.committed[threads])
@@ -210,9 +146,8 @@ class AsyncCopies:
             if groups is not None:
                 landed = landed & (group < self.committed[threads] - groups)
             if landed.any():
-                where = span(at[landed], data.shape[1])
-                region.data[where] = data[landed]
-                region.writer[where] = (block.epoch * 64 + block.warp[threads[landed]])[:, None]
+                region.data[span(at[landed], data.shape[1])] = data[landed]
+                region.history.landed(block, threads[landed], at[landed], data.shape[1])
             if not landed.all():
                 left = ~landed
                 rest.append((region, threads[left], at[left], data[left], group[left]))

@@ -8,7 +8,8 @@ import operator
 import ml_dtypes
 import numpy as np
 
-from .memory import Shared, SimtError
+from .memory import Shared
+from .races import SimtError
 
 TYPES = {
     "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16,

@@ -6,7 +6,8 @@ from tvm.tirx import ForKind
 
 from . import values
 from .expr import Expressions, held
-from .memory import POISON, Region, Shared, SimtError
+from .memory import POISON, Region, Shared
+from .races import SimtError
 from .storage import Local, View
 from .vector import lane, lanes
 

@@ -3,7 +3,8 @@
 import numpy as np
 
 from . import values
-from .memory import Pointer, Region, SimtError
+from .memory import Pointer, Region
+from .races import SimtError
 
 
 class View:

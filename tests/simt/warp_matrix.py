@@ -6,7 +6,7 @@ Signatures as ptx.CALLS wants them. Source: PTX ISA, "Matrix Fragments for mma",
 import ml_dtypes
 import numpy as np
 
-from .block import WARP
+from .races import WARP
 
 U32 = np.uint32
 
