@@ -44,6 +44,8 @@ class Block(Standing):
             self._softmax(named(tile * c.keys))
             if self.wants_output:
                 self._values(tile, end, turn)
+        if c.asynchronous:
+            cuda.wait_copies(0)
         self._store()
 
     @property

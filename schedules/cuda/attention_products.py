@@ -136,8 +136,9 @@ class TensorCores(Products):
             for k in range(self.config.keys // 16):
                 for r in range(4):
                     at = self.score_slot(m, 2 * k + r // 2, r % 2, 0)
-                    target = self.weights[(m * (self.config.keys // 16) + k) * 4 + r]
-                    cuda.pack_pair(target, self.scores[at], self.scores[at + 1], self.dtype, one)
+                    place = (m * (self.config.keys // 16) + k) * 4 + r
+                    pair = self.scores[at], self.scores[at + 1]
+                    cuda.pack_pair(self.weights, place, *pair, self.dtype, one)
 
     def add_values(self, slot: Expr | int, step: int) -> None:
         c = self.config

@@ -95,14 +95,16 @@ def mma_s8(k: int, c: Sequence[Expr], a: Sequence[Expr], b: Sequence[Expr]) -> N
             )
 
 
-def pack_pair(target: Expr, low: Expr, high: Expr, dtype: str, one_instruction: bool) -> None:
-    """Round two floats to ``dtype`` into a uint32; ``one_instruction`` from sm_80 on."""
+def pack_pair(
+    target: tir.Buffer, index: int, low: Expr, high: Expr, dtype: str, one_instruction: bool
+) -> None:
+    """Round two floats to ``dtype`` into a uint32 register; ``one_instruction`` from sm_80 on."""
     if one_instruction:
         kind = {"float16": "f16x2", "bfloat16": "bf16x2"}[dtype]
-        T.evaluate(T.ptx[f"cvt.rn.{kind}.f32"](target, high, low))
+        T.evaluate(T.ptx[f"cvt.rn.{kind}.f32"](target[index], high, low))
         return
     bits = [T.reinterpret("uint16", x.astype(dtype)).astype("uint32") for x in (low, high)]
-    T.buffer_store(target.buffer, bits[0] | bits[1] << tir.const(16, "uint32"), target.indices)
+    T.buffer_store(target, bits[0] | bits[1] << tir.const(16, "uint32"), [index])
 
 
 def exp2(target: Expr, x: Expr) -> None:
