@@ -132,7 +132,7 @@ def test_gemm_that_waits_for_too_few_groups():
 
 def test_gemm_without_barrier():
     with pytest.raises(
-        SimtError, match=r"read of byte \d+ of sm .* no cta_sync since thread \d+ wrote it"
+        SimtError, match=r"read of byte \d+ of sm .* no (cta|warp)_sync since thread \d+ wrote it"
     ):
         run(gemm(256, barrier=False), *gemm_operands(256))
 
@@ -472,7 +472,7 @@ def test_barriers_of_a_part_of_the_block():
     y = np.zeros(96, np.int32)
     run(func, False, y)
     assert_array_equal(y, np.r_[np.arange(64) ^ 32, np.zeros(32)])
-    with pytest.raises(SimtError, match="no cta_sync since thread 0 wrote it, .* thread 64"):
+    with pytest.raises(SimtError, match=r"no cta_sync since thread 0 wrote it, .* thread 64"):
         run(func, True, y)
 
 
