@@ -12,41 +12,60 @@ from .races import SimtError
 from .stmt import Statements, global_view
 
 TAGS = [f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx") for axis in "xyz"]
+MOST_THREADS = 1024
 
 
 def run(func, *args, blocks=None):
     """Run a PrimFunc on arrays and ints in the order of its parameters, in place.
 
     Arrays are C-contiguous, of the parameters' dtypes and shapes; symbolic extents take their
-    values from them. blocks: the (x, y, z) indices of the blocks to run, all by default. Raises
-    SimtError for undefined behaviour, NotImplementedError for what the interpreter lacks.
+    values from them. The function may launch several kernels, one after the other. blocks: the
+    (x, y, z) indices of the blocks of each to run, all by default. Raises SimtError for undefined
+    behaviour, NotImplementedError for what the interpreter lacks.
     """
     if len(args) != len(func.params):
         raise TypeError(f"{len(func.params)} parameters, {len(args)} arguments")
-    extents = thread_extents(func.body)
-    program = Statements(extents)
+    program = Program(None if blocks is None else list(blocks))
     bound = bind(program, func.params, args)
     body = program.statement(func.body)
-    counts = {tag: program.compile(extent) for tag, extent in extents.items()}
-    env = [None] * len(program.slots)
+    host = Block(1, {}, [None] * len(program.slots))
     for slot, value in bound.items():
-        env[slot] = value
-    scratch = Block(1, {}, env)
-    size = {tag: int(counts[tag](scratch)) if tag in counts else 1 for tag in TAGS}
-    threads = [size[tag] for tag in TAGS[3:]]
-    if np.prod(threads) > 1024:
-        raise SimtError(f"{threads} threads in a block")
-    if blocks is None:
-        blocks = itertools.product(*(range(size[tag]) for tag in TAGS[:3]))
+        host.env[slot] = value
     with np.errstate(all="ignore"):
-        for index in blocks:
-            where = dict(zip(TAGS[:3], index))
-            block = Block(int(np.prod(threads)), where, list(env))
+        body(host)
+
+
+class Program(Statements):
+    """Compiler of the host's part of a function: outermost bound loops are kernels."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = blocks
+        self.in_kernel = False
+
+    def bound(self, stmt, tag, slot):
+        if self.in_kernel:
+            return super().bound(stmt, tag, slot)
+        extents = {tag: self.compile(extent) for tag, extent in thread_extents(stmt).items()}
+        self.in_kernel = True
+        body = super().bound(stmt, tag, slot)
+        self.in_kernel = False
+
+        def launch(host):
+            size = {tag: int(extents[tag](host)) if tag in extents else 1 for tag in TAGS}
+            threads = [size[tag] for tag in TAGS[3:]]
+            if np.prod(threads) > MOST_THREADS:
+                raise SimtError(f"{threads} threads in a block")
             z, y, x = np.indices(threads[::-1], dtype=np.int32).reshape(3, -1)
-            block.thread_index = dict(zip(TAGS[3:], (x, y, z)))
-            body(block)
-            if block.copies.pending:
-                raise SimtError(f"cp.async still in flight at the end, {block.place()}")
+            grid = itertools.product(*(range(size[tag]) for tag in TAGS[:3]))
+            for index in grid if self.blocks is None else self.blocks:
+                block = Block(len(x), dict(zip(TAGS[:3], index)), list(host.env))
+                block.thread_index = dict(zip(TAGS[3:], (x, y, z)))
+                body(block)
+                if block.copies.pending:
+                    raise SimtError(f"cp.async still in flight at the end, {block.place()}")
+
+        return launch
 
 
 def bind(program, params, args):
@@ -63,7 +82,7 @@ def bind(program, params, args):
         dtype = values.numpy_dtype(param.ty.dtype)
         if value.dtype != dtype or value.ndim != len(param.ty.shape):
             raise TypeError(f"{param.name}: {value.dtype} {value.shape} for {param.ty}")
-        bound[slot] = global_view(param.name, value, ())
+        bound[slot] = global_view(param.name, value)
         for extent, found in zip(param.ty.shape, value.shape):
             if isinstance(extent, tvm.tirx.Var):
                 dim = program.slot(extent)

@@ -15,11 +15,7 @@ WHILE_LIMIT = 1 << 20  # iterations after which a while loop is said to hang
 
 
 class Statements(Expressions):
-    """Compiler of a function body; `launch` holds the extents of blockIdx and threadIdx."""
-
-    def __init__(self, launch):
-        super().__init__()
-        self.launch = launch  # thread tag -> extent
+    """Compiler of the statements of a kernel."""
 
     def statement(self, stmt):
         kind = type(stmt).__name__
@@ -55,7 +51,8 @@ class Statements(Expressions):
         return self.allocate(stmt.buffer)
 
     def allocate(self, buffer):
-        """Registers are poison at each entry of their scope, a shared buffer once for the block."""
+        """Registers and global memory are poison at each entry of their scope, a shared buffer
+        once for the block."""
         slot, dtype, scope = self.slot(buffer), self.buffer_dtype(buffer), buffer.scope()
         shape, strides = self.shape(buffer)
         if scope.startswith("shared"):
@@ -68,6 +65,15 @@ class Statements(Expressions):
                     block.env[slot] = View(
                         buffer.name, region, dtype, extents, evaluated(strides, block)
                     )
+
+            return run
+        if scope == "global":
+
+            def run(block):
+                extents = evaluated(shape, block)
+                data = np.full(nbytes(extents, dtype), POISON, np.uint8)
+                view = global_view(buffer.name, data.view(dtype).reshape(extents))
+                block.env[slot] = view
 
             return run
         if scope != "local":
@@ -191,11 +197,9 @@ class Statements(Expressions):
             return self.bound(stmt, stmt.thread_binding.thread_tag, slot)
         if stmt.kind == ForKind.PARALLEL or stmt.step is not None:
             raise NotImplementedError(f"loop over {stmt.loop_var.name}: parallel, or with a step")
-        uniform_start = self.pure_sources(stmt.min)
-        self.sources[slot] = frozenset() if uniform_start is None else uniform_start
-        self.sources[slot] = (self.sources[slot] | {slot}) if (
-            uniform_start is not None and "thread" not in uniform_start
-        ) else None  # fmt: skip
+        first = self.pure_sources(stmt.min)
+        uniform = first is not None and "thread" not in first
+        self.sources[slot] = frozenset([slot]) if uniform else None
         start, extent = self.compile(stmt.min), self.compile(stmt.extent)
         body = self.statement(stmt.body)
 
@@ -274,7 +278,7 @@ def nbytes(shape, dtype):
     return int(np.prod(shape)) * dtype.itemsize
 
 
-def global_view(name, array, strides):
+def global_view(name, array):
     """A view of an argument array."""
     data = array.reshape(-1).view(np.uint8)
-    return View(name, Region(name, data), array.dtype, array.shape, strides)
+    return View(name, Region(name, data), array.dtype, array.shape, ())
