@@ -20,6 +20,24 @@ from .attention_config import AttentionConfig
 from .attention_place import float32, named
 
 
+class Fragments:
+    """Where a lane's chunks for ``ldmatrix`` lie in a tile of 16-bit elements."""
+
+    def __init__(self, shared: tir.Buffer, place: tuple[Expr, Expr], chunks: int):
+        """``place``: (row, chunk) of the lane in the tile's first 16 x 16 corner."""
+        row, chunk = place
+        self.shared, self.chunks = shared, chunks
+        self.row = named(row * chunks)
+        self.turn = named(cuda.swizzle(row, chunk, chunks))
+
+    def address(self, base: Expr | int, row: int, chunk: int) -> Expr:
+        """Of the 16 x 16 corner at ``row``, a multiple of 16, and ``chunk``, which is even: the
+        swizzle turns both the same way.
+        """
+        offset = self.row + (row * self.chunks) + (self.turn ^ chunk)
+        return T.address_of(self.shared[base + offset * 8])
+
+
 def chunk_offset(row: Expr, chunk: Expr | int, chunks: int, per_chunk: int) -> Expr:
     """Element where a chunk of a tile with ``chunks`` chunks a row begins."""
     return (row * chunks + cuda.swizzle(row, chunk, chunks)) * per_chunk
@@ -88,6 +106,10 @@ class TensorCores(Products):
         super().__init__(config, arch, dtype, shared, thread)
         shape = arch.mma_float16 if dtype == "float16" else arch.mma_bfloat16
         self.mma_depth = shape[2]
+        row, chunk = cuda.a_chunk(self.lane)
+        self.query_place = Fragments(shared, (self.warp_row + row, chunk), self.query_chunks)
+        self.key_place = Fragments(shared, cuda.b_chunk(self.lane), self.slot_chunks)
+        self.value_place = Fragments(shared, cuda.b_chunk_transposed(self.lane), self.slot_chunks)
         kept = config.steps * config.depth // 16 if config.queries_in_registers else 1
         self.queries = T.alloc_buffer((kept * config.row_tiles * 4,), "uint32", scope="local")
         self.right = T.alloc_buffer((4,), "uint32", scope="local")
@@ -95,16 +117,11 @@ class TensorCores(Products):
             size = config.row_tiles * config.keys // 16 * 4
             self.weights = T.alloc_buffer((size,), "uint32", scope="local")
 
-    def _address(self, base: Expr | int, row: Expr, chunk: Expr | int, chunks: int) -> Expr:
-        return T.address_of(self.shared[base + chunk_offset(row, chunk, chunks, self.per_chunk)])
-
     def _load_query(self, k: int, first: int) -> None:
         """Fragments of columns 16 k .. 16 k + 15, to registers ``first``, .. of each m."""
-        row, chunk = cuda.a_chunk(self.lane)
         for m in range(self.config.row_tiles):
             registers = [self.queries[first + 4 * m + r] for r in range(4)]
-            place = self.warp_row + 16 * m + row
-            cuda.ldmatrix(registers, self._address(0, place, 2 * k + chunk, self.query_chunks))
+            cuda.ldmatrix(registers, self.query_place.address(0, 16 * m, 2 * k))
 
     def load_queries(self) -> None:
         if self.config.queries_in_registers:
@@ -113,17 +130,14 @@ class TensorCores(Products):
 
     def add_scores(self, slot: Expr | int, step: int) -> None:
         c = self.config
-        key, chunk = cuda.b_chunk(self.lane)
         for k in range(c.depth // 16):
             column = step * c.depth // 16 + k
             first = 4 * c.row_tiles * column if c.queries_in_registers else 0
             if not c.queries_in_registers:
                 self._load_query(column, 0)
             for pair in range(c.keys // 16):
-                cuda.ldmatrix(
-                    [self.right[r] for r in range(4)],
-                    self._address(slot, 16 * pair + key, 2 * k + chunk, self.slot_chunks),
-                )
+                registers = [self.right[r] for r in range(4)]
+                cuda.ldmatrix(registers, self.key_place.address(slot, 16 * pair, 2 * k))
                 for m in range(c.row_tiles):
                     left = [self.queries[first + 4 * m + r] for r in range(4)]
                     for half in range(2):
@@ -142,14 +156,11 @@ class TensorCores(Products):
 
     def add_values(self, slot: Expr | int, step: int) -> None:
         c = self.config
-        key, chunk = cuda.b_chunk_transposed(self.lane)
         for k in range(c.keys // 16):
             for pair in range(c.depth // 16):
-                cuda.ldmatrix(
-                    [self.right[r] for r in range(4)],
-                    self._address(slot, 16 * k + key, 2 * pair + chunk, self.slot_chunks),
-                    transpose=True,
-                )
+                registers = [self.right[r] for r in range(4)]
+                address = self.value_place.address(slot, 16 * k, 2 * pair)
+                cuda.ldmatrix(registers, address, transpose=True)
                 for m in range(c.row_tiles):
                     first = (m * (c.keys // 16) + k) * 4
                     left = [self.weights[first + r] for r in range(4)]
