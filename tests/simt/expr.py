@@ -10,7 +10,7 @@ from tvm.ir import Call
 from . import calls, values
 from .memory import Pointer
 from .races import SimtError
-from .storage import is_local
+from .storage import Local
 from .vector import lane, lanes, scalar_dtype
 
 REMEMBERED = 4096  # values kept by one address expression
@@ -43,7 +43,10 @@ class Expressions:
         if isinstance(expr, Call):
             return self.call(expr)
         if kind in values.BINARY:
-            return self.binary(expr.a, expr.b, values.BINARY[kind], kind in values.COMPARISONS)
+            function = values.BINARY[kind]
+            if values.is_float(self.dtype(expr.a)):
+                function = values.OF_FLOATS.get(kind, function)
+            return self.binary(expr.a, expr.b, function, kind in values.COMPARISONS)
         method = getattr(self, "build_" + kind, None)
         if method is None:
             raise NotImplementedError(f"expression {kind}: {expr}")
@@ -107,17 +110,17 @@ class Expressions:
         if compares:
 
             def value(block):
-                result = operation(a(block), b(block), dtype)
+                result = operation(a(block), b(block))
                 return result if isinstance(result, np.ndarray) else bool(result)
 
             return value
         if dtype.kind not in "iu":
-            return lambda block: operation(a(block), b(block), dtype)
+            return lambda block: operation(a(block), b(block))
         limits = np.iinfo(dtype)
         low, high = limits.min, limits.max
 
         def value(block):
-            result = operation(a(block), b(block), dtype)
+            result = operation(a(block), b(block))
             if type(result) is int and not low <= result <= high:
                 return values.wrap(result, dtype)
             return result
@@ -161,7 +164,19 @@ class Expressions:
     def build_Cast(self, expr):
         source, target = self.dtype(expr.value), self.dtype(expr)
         operand = self.compile(expr.value)
-        return lambda block: values.cast(operand(block), source, target)
+        if source.kind not in "iu" or target.kind not in "iu":
+            return lambda block: values.cast(operand(block), source, target)
+        low, high = np.iinfo(target).min, np.iinfo(target).max
+
+        def value(block):
+            found = operand(block)
+            if isinstance(found, np.ndarray):
+                return found.astype(target)
+            if type(found) is int and low <= found <= high:
+                return found
+            return values.wrap(found, target)
+
+        return value
 
     def build_Select(self, expr):
         return self.choice(expr.condition, expr.true_value, expr.false_value, self.dtype(expr))
@@ -201,7 +216,17 @@ class Expressions:
 
     def build_TensorLoad(self, expr):
         buffer, indices = self.element(expr.source, expr.indices)
-        return lambda block: block.env[buffer].load(block, [index(block) for index in indices])
+        if len(indices) > 1:
+            return lambda block: block.env[buffer].load(block, [index(block) for index in indices])
+        index = indices[0]
+
+        def value(block):
+            at, view = index(block), block.env[buffer]
+            if type(at) is int and type(view) is Local and 0 <= at < len(view.data):
+                return view.data[at]
+            return view.load(block, [at])
+
+        return value
 
     def element(self, buffer, indices):
         """(slot of the buffer, closures of the indices) of a scalar element."""
@@ -291,7 +316,7 @@ class Expressions:
 
         def value(block):
             view = block.env[buffer]
-            if is_local(view):
+            if isinstance(view, Local):
                 raise NotImplementedError(f"address of local buffer {view.name}")
             return view.address(block, [index(block) for index in indices])
 

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import tvm
 from tvm.tirx import ForKind, is_buffer_var
+from tvm_ffi import structural_equal
 
 from . import values
 from .block import Block
@@ -105,7 +106,7 @@ def thread_extents(stmt):
         elif kind == "AttrStmt" and node.attr_key == "thread_extent":
             tag, extent = node.node.thread_tag, node.value
         if tag is not None:
-            if tag in found and not tvm.ir.structural_equal(found[tag], extent):
+            if tag in found and not structural_equal(found[tag], extent):
                 raise SimtError(f"{tag} is bound with extents {found[tag]} and {extent}")
             found[tag] = extent
         for name in ("body", "seq", "block", "then_case", "else_case"):

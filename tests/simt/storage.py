@@ -80,7 +80,9 @@ class Local:
 
     def __init__(self, name, dtype, shape, strides, data):
         self.name, self.dtype, self.shape = name, dtype, shape
-        self.strides = strides or row_major(shape)
+        self.strides = row_major(shape)
+        if strides and strides != self.strides:
+            raise NotImplementedError(f"local buffer {name} with strides {strides}")
         self.data = data
 
     def at(self, block, indices):
@@ -113,10 +115,6 @@ class Local:
             raise NotImplementedError(f"{name}: a view of local {self.name} at an offset")
         data = self.data if dtype == self.dtype else self.data.T.view(dtype).T
         return Local(name, dtype, shape, strides, data)
-
-
-def is_local(view):
-    return isinstance(view, Local)
 
 
 def row_major(shape):

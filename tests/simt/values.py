@@ -4,6 +4,7 @@ Every expression has one dtype; uniform integers are Python ints kept inside its
 """
 
 import math
+import operator
 
 import ml_dtypes
 import numpy as np
@@ -75,68 +76,64 @@ def reinterpret(value, source, target):
     return scalar(np.array([value], source).view(target)[0], target)
 
 
-def floor_div(a, b, dtype):
+def floor_div(a, b):
     if isinstance(b, int) and not isinstance(a, int) and b > 0 and b & (b - 1) == 0:
         return a >> (b.bit_length() - 1)
     return a // b
 
 
-def floor_mod(a, b, dtype):
+def floor_mod(a, b):
     if isinstance(b, int) and not isinstance(a, int) and b > 0 and b & (b - 1) == 0:
         return a & (b - 1)
     return a % b
 
 
-def trunc_div(a, b, dtype):
-    """Div: of floats the quotient, of integers rounded towards zero."""
-    if is_float(dtype):
-        return a / b
+def trunc_div(a, b):
+    """Integers rounded towards zero."""
     if isinstance(a, int) and isinstance(b, int):
         return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
     quotient = a // b
     return quotient + ((quotient * b != a) & ((np.asarray(a) < 0) != (np.asarray(b) < 0)))
 
 
-def trunc_mod(a, b, dtype):
-    if is_float(dtype):
-        return np.fmod(a, b)
-    return a - b * trunc_div(a, b, dtype)
+def trunc_mod(a, b):
+    return a - b * trunc_div(a, b)
 
 
 def _pick(compare, reduce):
-    def pick(a, b, dtype):
+    """Of a NaN and a number the number, as CUDA's min and max give."""
+
+    def pick(a, b):
         if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
             return reduce(a, b)
-        if is_float(dtype) and (a != a or b != b):
-            return b if a != a else a
-        return a if compare(a, b) else b
+        return a if compare(a, b) or b != b else b
 
     return pick
 
 
-# fmin and fmax: of a NaN and a number, the number, as CUDA's min and max give.
 BINARY = {
-    "Add": lambda a, b, dtype: a + b,
-    "Sub": lambda a, b, dtype: a - b,
-    "Mul": lambda a, b, dtype: a * b,
+    "Add": operator.add,
+    "Sub": operator.sub,
+    "Mul": operator.mul,
     "Div": trunc_div,
     "Mod": trunc_mod,
     "FloorDiv": floor_div,
     "FloorMod": floor_mod,
-    "Min": _pick(lambda a, b: a < b, np.fmin),
-    "Max": _pick(lambda a, b: a > b, np.fmax),
-    "BitwiseAnd": lambda a, b, dtype: a & b,
-    "BitwiseOr": lambda a, b, dtype: a | b,
-    "BitwiseXor": lambda a, b, dtype: a ^ b,
-    "LShift": lambda a, b, dtype: a << b,
-    "RShift": lambda a, b, dtype: a >> b,
-    "EQ": lambda a, b, dtype: a == b,
-    "NE": lambda a, b, dtype: a != b,
-    "LT": lambda a, b, dtype: a < b,
-    "LE": lambda a, b, dtype: a <= b,
-    "GT": lambda a, b, dtype: a > b,
-    "GE": lambda a, b, dtype: a >= b,
+    "Min": _pick(operator.lt, np.fmin),
+    "Max": _pick(operator.gt, np.fmax),
+    "BitwiseAnd": operator.and_,
+    "BitwiseOr": operator.or_,
+    "BitwiseXor": operator.xor,
+    "LShift": operator.lshift,
+    "RShift": operator.rshift,
+    "EQ": operator.eq,
+    "NE": operator.ne,
+    "LT": operator.lt,
+    "LE": operator.le,
+    "GT": operator.gt,
+    "GE": operator.ge,
 }
+OF_FLOATS = {"Div": operator.truediv, "Mod": np.fmod}  # where they differ from integers
 COMPARISONS = ("EQ", "NE", "LT", "LE", "GT", "GE")
 
 
