@@ -133,13 +133,13 @@ def pipeline(target: Target, dump_ir: str | os.PathLike[str] | None = None) -> P
             *([FuseRows()] if target.kind.name == "llvm" else []),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
+            relax.transform.RewriteDataflowReshape(),
             relax.transform.DeadCodeElimination(["main"]),
             dump("graph"),
             # 2. Kernels: ours by name, the rest by generic rules.
             ApplySchedules(target),
             dump("schedule"),
             # 3. Memory and calls.
-            relax.transform.RewriteDataflowReshape(),
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),

@@ -21,15 +21,22 @@ RULES = (
 
 def schedule(func: PrimFunc, target: Target) -> PrimFunc:
     """``func`` by the first rule that takes it; ``UnsupportedError`` when none does."""
+    refusal = None
     with target:
         for rule in RULES:
             if isinstance(rule, gpu.Matmul) and _reads_int8(func):
                 continue  # the annotations of its software pipeline do not compile
-            if (found := rule.apply(func, target, False)) is not None:
+            try:
+                found = rule.apply(func, target, False)
+            except Exception as error:  # a rule trips over what it was not written for
+                refusal = error
+                continue
+            if found is not None:
                 scheduled = found[0] if isinstance(found, list) else found
                 return scheduled.mod["main"]
-    name = func.attrs.get("global_symbol", "a kernel")
-    raise UnsupportedError(f"{name}: found no schedule rule of TVM for CUDA that takes it")
+    raise UnsupportedError(
+        f"found a kernel that none of TVM's rules for GPUs takes: {refusal}"
+    ) from refusal
 
 
 def _reads_int8(func: PrimFunc) -> bool:
