@@ -9,10 +9,10 @@
         output / sum; maximum and sum
 
 A warp holds whole query rows, so the softmax stays within four lanes, and the accumulators of the
-first product are the left operand of the second without leaving the registers. Keys and values pass
-through one ring of shared memory tiles, in parts of D when D is large. float16 and bfloat16 multiply
-on tensor cores, float32 (and bfloat16 where they have none) on the ordinary units; nothing is
-rounded below float32 there.
+first product are the left operand of the second without leaving the registers. Keys and values
+pass through one ring of shared memory tiles, in parts of D when D is large. float16 and bfloat16
+multiply on tensor cores, float32 (and bfloat16 where they have none) on the ordinary units;
+nothing is rounded below float32 there.
 
 Few query rows: the query heads that share keys become rows of one tile, and the keys are divided
 among blocks, whose results a second kernel combines in fixed order.
@@ -48,31 +48,30 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
     """
     arch = architectures.of(target)
     config = configure(problem, arch)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("speed_fusion_attention")
-            T.func_attr({"tirx.noalias": True})
-            dims: dict[str, Expr] = {}
-            buffers = {
-                name: T.arg(name, T.buffer(_shape(tensor.shape, dims), tensor.dtype))
-                for name, tensor in (problem.tensors | problem.outputs).items()
-            }
-            B, S1, S2 = _shape((problem.B, problem.S1, problem.S2), dims)
-            splits = _splits(problem, config, B, S2)
-            parts = _partial_results(problem, splits, B, S1)
-            with (
-                T.thread_binding(_grid(problem, config, B, S1, splits), "blockIdx.x") as block,
-                T.thread_binding(config.threads, "threadIdx.x") as thread,
-                T.sblock("attend"),
-            ):
-                T.reads()
-                T.writes()
-                emitter = Block(problem, config, arch, buffers | parts, thread)
-                divide = _packed_tile if problem.layout == "TND" else _batch_tile
-                with divide(problem, config, buffers, (B, S1, S2), block, thread, splits) as place:
-                    emitter.emit(place)
-            if parts:
-                combine(problem, buffers | parts, splits)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("speed_fusion_attention")
+        T.func_attr({"tirx.noalias": True})
+        dims: dict[str, Expr] = {}
+        buffers = {
+            name: T.arg(name, T.buffer(_shape(tensor.shape, dims), tensor.dtype))
+            for name, tensor in (problem.tensors | problem.outputs).items()
+        }
+        B, S1, S2 = _shape((problem.B, problem.S1, problem.S2), dims)
+        splits = _splits(problem, config, B, S2)
+        parts = _partial_results(problem, splits, B, S1)
+        with (
+            T.thread_binding(_grid(problem, config, B, S1, splits), "blockIdx.x") as block,
+            T.thread_binding(config.threads, "threadIdx.x") as thread,
+            T.sblock("attend"),
+        ):
+            T.reads()
+            T.writes()
+            emitter = Block(problem, config, arch, buffers | parts, thread)
+            divide = _packed_tile if problem.layout == "TND" else _batch_tile
+            with divide(problem, config, buffers, (B, S1, S2), block, thread, splits) as place:
+                emitter.emit(place)
+        if parts:
+            combine(problem, buffers | parts, splits)
     return builder.get()
 
 
@@ -188,4 +187,8 @@ def _packed_tile(
 
 
 def _length(size: Expr) -> Expr:
-    return tir.const(int(size.value), "int32") if isinstance(size, tir.IntImm) else size.astype("int32")
+    return (
+        tir.const(int(size.value), "int32")
+        if isinstance(size, tir.IntImm)
+        else size.astype("int32")
+    )

@@ -10,7 +10,7 @@ from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
 from ..intrin import cuda
-from .attention_place import LN2, LOG2E, Place, Standing, float32, named, store_records
+from .attention_place import Place, Standing, float32, named, store_records
 from .attention_products import OrdinaryUnits, Products, TensorCores, chunk_offset
 
 _UNROLLED_COPIES = 16
@@ -40,6 +40,7 @@ class Block(Standing):
             self.products.load_queries()
         with T.serial(end - first) as turn:
             tile = named(first + turn)
+            self.products.forget_addresses()
             self._scores(tile, end, turn)
             self._softmax(named(tile * c.keys))
             if self.wants_output:
@@ -326,7 +327,7 @@ class Block(Standing):
     # -- results ------------------------------------------------------------------------------
 
     def _store(self) -> None:
-        for k, (m, h) in enumerate(self.fragments):
+        for k in range(len(self.fragments)):
             for mask in (1, 2):
                 T.buffer_store(self.best, cuda.shuffle_xor(self.sum[k], mask), [0])
                 T.buffer_store(self.sum, self.sum[k] + self.best[0], [k])
@@ -374,7 +375,9 @@ class Block(Standing):
                 number = named(attention.record(p.head_major, p.N1, at, n, i))
                 index = [number // p.N1, number % p.N1]
             with T.If(self.part == 0), T.Then():
-                store_records(p, self.buffers, index, self.top[k], self.sum[k], self.first_column, 2)
+                store_records(
+                    p, self.buffers, index, self.top[k], self.sum[k], self.first_column, 2
+                )
 
     def _pair(self, d: Expr, element: Callable[[Expr | int], None]) -> None:
         """Both elements of a pair at once where rows begin at even ones; never beyond D."""

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 _THREADS = 64
 
 
-def combine(
-    problem: AttentionProblem, buffers: dict[str, tir.Buffer], splits: Expr
-) -> None:
+def combine(problem: AttentionProblem, buffers: dict[str, tir.Buffer], splits: Expr) -> None:
     """attention_out, softmax_max, softmax_sum from ``part_max``, ``part_sum`` [splits][records] and
     ``part_out`` [splits][records][D]; record number (b * N1 + n) * S1 + i. Parts are added in the
     order of their keys.

@@ -28,7 +28,13 @@ class Fragments:
         row, chunk = place
         self.shared, self.chunks = shared, chunks
         self.row = named(row * chunks)
-        self.turn = named(cuda.swizzle(row, chunk, chunks))
+        self.settled_turn = named(cuda.swizzle(row, chunk, chunks))
+        self.turns = T.alloc_buffer((1,), "int32", scope="local")
+        self.turn = self.turns[0]
+
+    def forget(self) -> None:
+        """Addresses are computed anew from here on, instead of staying in registers all along."""
+        cuda.copy_register(self.turn, self.settled_turn)
 
     def address(self, base: Expr | int, row: int, chunk: int) -> Expr:
         """Of the 16 x 16 corner at ``row``, a multiple of 16, and ``chunk``, which is even: the
@@ -67,6 +73,9 @@ class Products:
 
     def output_slot(self, m: int, n: int, h: int, e: int) -> int:
         return ((m * self.value_tiles + n) * 2 + h) * 2 + e
+
+    def forget_addresses(self) -> None:
+        """Give the registers back that hold addresses."""
 
     def clear_scores(self) -> None:
         _clear(self.scores)
@@ -110,12 +119,17 @@ class TensorCores(Products):
         self.query_place = Fragments(shared, (self.warp_row + row, chunk), self.query_chunks)
         self.key_place = Fragments(shared, cuda.b_chunk(self.lane), self.slot_chunks)
         self.value_place = Fragments(shared, cuda.b_chunk_transposed(self.lane), self.slot_chunks)
+        self.query_place.forget()
         kept = config.steps * config.depth // 16 if config.queries_in_registers else 1
         self.queries = T.alloc_buffer((kept * config.row_tiles * 4,), "uint32", scope="local")
         self.right = T.alloc_buffer((4,), "uint32", scope="local")
         if config.value_steps:
             size = config.row_tiles * config.keys // 16 * 4
             self.weights = T.alloc_buffer((size,), "uint32", scope="local")
+
+    def forget_addresses(self) -> None:
+        for place in (self.query_place, self.key_place, self.value_place):
+            place.forget()
 
     def _load_query(self, k: int, first: int) -> None:
         """Fragments of columns 16 k .. 16 k + 15, to registers ``first``, .. of each m."""

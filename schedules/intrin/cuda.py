@@ -112,6 +112,11 @@ def exp2(target: Expr, x: Expr) -> None:
     T.evaluate(T.ptx["ex2.approx.ftz.f32"](target, x))
 
 
+def copy_register(target: Expr, x: Expr) -> None:
+    """``x``, which the compiler takes for a new value: nothing that depends on it leaves a loop."""
+    T.evaluate(T.ptx["mov.b32"](target, x))
+
+
 def copy_async(target: Expr, source: Expr, size: int, valid: Expr) -> None:
     """``size`` (4, 8 or 16) bytes from global to shared memory, zeros where ``valid`` is false."""
     kind = "cg" if size == CHUNK_BYTES else "ca"

@@ -216,7 +216,7 @@ class Expressions:
 
     def build_TensorLoad(self, expr):
         buffer, indices = self.element(expr.source, expr.indices)
-        if len(indices) > 1:
+        if len(indices) != 1:
             return lambda block: block.env[buffer].load(block, [index(block) for index in indices])
         index = indices[0]
 
