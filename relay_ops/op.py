@@ -226,14 +226,17 @@ def tir_kernel(
     become scalar parameters. Returns the output tensor, or a tuple of them when ``out`` is a
     sequence.
     """
+    types = [*(arg.ty for arg in args), *([out] if isinstance(out, relax.TensorType) else out)]
+    symbols = {v for t in types for dim in t.shape for v in tirx.analysis.undefined_vars(dim)}
     shapes = [dim for param in func.params if _is_buffer(param) for dim in param.ty.shape]
-    free = [var for var in _symbols(func, shapes) if var not in {*shapes, *tir_vars}]
-    if free:
-        count = 1 if isinstance(out, relax.TensorType) else len(out)
-        params = [*func.params[:-count], *free, *func.params[-count:]]
+    if used := [var for var in _symbols(func, shapes) if var in symbols]:
+        outputs = len(types) - len(args)
+        free = [var for var in used if var not in {*shapes, *tir_vars}]
+        params = [*func.params[:-outputs], *free, *func.params[-outputs:]]
         func = tirx.PrimFunc(params, func.body, func.ret_type, func.attrs)
+        func = get_global_func("s_tir.RenewDefs")(func)
         tir_vars = [*tir_vars, *free]
-    func = get_global_func("s_tir.RenewDefs")(func).without_attr("global_symbol")
+    func = func.without_attr("global_symbol")
     func = func.with_attrs({KERNEL: name, "op_pattern": _OPAQUE, "tirx.is_scheduled": True})
     var = bb.add_func(func, name.replace(".", "_"))
     out = out if isinstance(out, relax.TensorType) else list(out)
