@@ -9,11 +9,12 @@ import struct
 import numpy as np
 import pytest
 import tvm_ffi
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 from tvm.target import Target
 
 import opferry
-from opferry.driver import build, device_code
+from opferry.driver import build, cli, device_code
 from opferry.driver import target as targets
 from opferry.frontend.importer import import_model
 from opferry.frontend.model import prepare
@@ -308,6 +309,18 @@ def test_no_device(saved):
     assert str(error.value).endswith("allowed one of compute capability 8.0 or higher")
     with pytest.raises(ArtifactError, match="module: built for sm_80, found no CUDA device"):
         compiled().run({"tokens": np.zeros((1, 3), np.int64)})
+
+
+@needs_compiler
+@no_gpu
+def test_no_device_on_the_command_line(saved, tmp_path):
+    np.save(tmp_path / "tokens.npy", np.zeros((1, 3), np.int64))
+    given = f"tokens={tmp_path / 'tokens.npy'}"
+    done = CliRunner().invoke(
+        cli.main, ["run", str(saved), "--input", given, "-o", str(tmp_path / "out")]
+    )
+    assert done.exit_code == 2
+    assert done.output.startswith(f"Error: {saved}: built for sm_80, found no CUDA device")
 
 
 @pytest.mark.parametrize(
