@@ -202,9 +202,10 @@ class Block(Standing):
     # -- one tile of keys ---------------------------------------------------------------------
 
     def _scores(self, tile: Expr, end: Expr, turn: Expr) -> None:
-        self.products.clear_scores()
         for step in range(self.config.steps):
             slot = self._next_slot(tile, end, turn, step)
+            if not step:
+                self.products.clear_scores()
             self.products.add_scores(slot, step)
 
     def _values(self, tile: Expr, end: Expr, turn: Expr) -> None:

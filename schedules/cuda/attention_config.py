@@ -48,7 +48,7 @@ class AttentionConfig:
     """Copies to shared memory bypass the registers."""
     queries_in_registers: bool
     heads: int = 1
-    """Query heads whose rows share a tile: N1 / N2, or 1."""
+    """Query heads whose rows share a tile: a divisor of N1 / N2."""
     split_blocks: int = 0
     """Divide the keys until there are so many blocks; 0: never."""
     split_keys: int = _SPLIT_KEYS
@@ -113,7 +113,7 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
         held = warps * row_tiles * 16
         if (row_tiles == 2 and steps > 1) or (held > _FEW_ROWS and held >= 2 * rows):
             continue
-        for keys in (64, 32, 16) if tensor_cores else (32, 16, 8):
+        for keys in _key_tiles(tensor_cores, arch, depth * row_tiles):
             for slots in (4, 2):
                 config = AttentionConfig(
                     tensor_cores=tensor_cores,
@@ -140,6 +140,17 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
     )
 
 
+def _key_tiles(tensor_cores: bool, arch: Arch, columns: int) -> tuple[int, ...]:
+    """Keys of a tile, best first. More than 128 ``columns`` of output in the fragments of a warp
+    leave fewer registers for scores; copies by way of registers need some, too.
+    """
+    if not tensor_cores:
+        return (32, 16, 8)
+    if columns <= 128:
+        return (64, 32, 16)
+    return (48, 32, 16) if arch.cp_async else (32, 16)
+
+
 def _fits(config: AttentionConfig, arch: Arch) -> bool:
     """A deep ring only where two blocks still share a multiprocessor."""
     if config.slots > 2:
@@ -153,9 +164,9 @@ def _rows(problem: AttentionProblem) -> tuple[int, int]:
     if problem.layout == "TND" or not isinstance(problem.S1, int):
         return 1, 1 << 20
     group = problem.N1 // problem.N2
-    if group * problem.S1 <= _FEW_ROWS:
-        return group, group * problem.S1
-    return 1, problem.S1
+    heads = [h for h in range(1, group + 1) if group % h == 0 and h * problem.S1 <= _FEW_ROWS]
+    shared = max(heads, default=1)
+    return shared, shared * problem.S1
 
 
 def _piece(problem: AttentionProblem, item: int) -> tuple[int, bool]:
