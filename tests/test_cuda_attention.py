@@ -212,11 +212,18 @@ def test_prefix(S1, S2):
 
 
 @pytest.mark.parametrize("dtype", [F16, F32], ids=str)
-@pytest.mark.parametrize("shape", [(2, 2, 37, 91), (1, 2, 37, 91), (2, 2, 1, 91)], ids=str)
+@pytest.mark.parametrize("S2", [90, 91])  # two elements of a row at once, or one by one
+@pytest.mark.parametrize("rows", [(2, 2, 37), (1, 2, 37), (2, 2, 1)], ids=str)
 @pytest.mark.parametrize("pse_type", [0, 1])
-def test_dense_bias(pse_type, shape, dtype):
-    feeds = inputs(2, 2, 1, 37, 91, 16, dtype) | {"pse": normal(shape, dtype)}
+def test_dense_bias(pse_type, rows, S2, dtype):
+    feeds = inputs(2, 2, 1, 37, S2, 16, dtype) | {"pse": normal((*rows, S2), dtype)}
     check(feeds, **node(pse_type=pse_type))
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8])
+def test_masks_of_even_rows(dtype):
+    mask = (some((2, 1, 37, 90)) < 0.4).astype(dtype)
+    check(inputs(2, 2, 1, 37, 90, 16, BF16) | {"atten_mask": mask}, **node(sparse_mode=1))
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (2,)], ids=str)

@@ -214,7 +214,7 @@ class Block(Standing):
             slot = self._next_slot(tile, end, turn, self.config.steps + step)
             self.products.add_values(slot, step)
 
-    def _each_pair(self, m: int, h: int, statement: Callable[[int, int], None]) -> None:
+    def _each_key(self, m: int, h: int, statement: Callable[[int, int], None]) -> None:
         """statement(key of the tile in lane 0, place in ``scores``) for the thread's keys."""
         for n in range(self.config.keys // 8):
             for e in range(2):
@@ -241,12 +241,11 @@ class Block(Standing):
     def _add_bias(self, j0: Expr) -> None:
         scores = self.products.scores
         for m, h in self.fragments:
-
-            def add(key: int, at: int, m: int = m, h: int = h) -> None:
-                bias = self.bias(m, h, j0 + self.first_column + key)
-                T.buffer_store(scores, self.score(scores[at], bias), [at])
-
-            self._each_pair(m, h, add)
+            for n in range(self.config.keys // 8):
+                pair = self.bias_pair(m, h, j0 + self.first_column + 8 * n)
+                for e, bias in enumerate(pair):
+                    at = self.products.score_slot(m, n, h, e)
+                    T.buffer_store(scores, self.score(scores[at], bias), [at])
 
     def _mask(self, j0: Expr) -> None:
         """Scores of pairs that are not allowed become minus infinity; where the band holds the
@@ -256,12 +255,11 @@ class Block(Standing):
         never = float32(float("-inf"))
         if self.problem.mask:
             for m, h in self.fragments:
-
-                def drop(key: int, at: int, m: int = m, h: int = h) -> None:
-                    dropped = self.dropped(m, h, j0 + self.first_column + key)
-                    T.buffer_store(scores, tir.Select(dropped, never, scores[at]), [at])
-
-                self._each_pair(m, h, drop)
+                for n in range(c.keys // 8):
+                    pair = self.dropped_pair(m, h, j0 + self.first_column + 8 * n)
+                    for e, dropped in enumerate(pair):
+                        at = self.products.score_slot(m, n, h, e)
+                        T.buffer_store(scores, tir.Select(dropped, never, scores[at]), [at])
         least, most = self.tile_rows()
         first, last = self.keys_of(most).first, self.keys_of(least).last
         whole = j0 + (c.keys - 1) <= last
@@ -281,7 +279,7 @@ class Block(Standing):
                         inside = tir.all(inside, first <= key)
                     T.buffer_store(scores, tir.Select(inside, scores[at], never), [at])
 
-                self._each_pair(m, h, cut)
+                self._each_key(m, h, cut)
 
     def _row_maximum(self, k: int, m: int, h: int) -> None:
         """top[k] and correction[k] after this tile."""
@@ -290,7 +288,7 @@ class Block(Standing):
         def take(key: int, at: int) -> None:
             T.buffer_store(best, scores[at] if not key else tir.max(best[k], scores[at]), [k])
 
-        self._each_pair(m, h, take)
+        self._each_key(m, h, take)
         for mask in (1, 2):
             T.buffer_store(best, cuda.shuffle_xor(best[k], mask), [spare])
             T.buffer_store(best, tir.max(best[k], best[spare]), [k])
@@ -311,7 +309,7 @@ class Block(Standing):
                 kept = (bit & tir.const(1, "uint32")) != tir.const(0, "uint32")
                 T.buffer_store(scores, tir.Select(kept, scores[at], float32(0)), [at])
 
-        self._each_pair(m, h, weigh)
+        self._each_key(m, h, weigh)
 
     def _draw(self, j0: Expr) -> None:
         """Bit 2 n + e of kept[k]: dropout keeps key 8 n + e of the thread's."""
@@ -367,7 +365,7 @@ class Block(Standing):
                     value = (self.products.output[slot + e] * inverse).astype(p.dtype)
                     T.buffer_store(out, value, index)
 
-                self._pair(d, element)
+                self._both(d, element)
 
             self._columns(m, h, store)
         if {"softmax_max", "softmax_sum"} & set(p.outputs):
@@ -380,7 +378,7 @@ class Block(Standing):
                     p, self.buffers, index, self.top[k], self.sum[k], self.first_column, 2
                 )
 
-    def _pair(self, d: Expr, element: Callable[[Expr | int], None]) -> None:
+    def _both(self, d: Expr, element: Callable[[Expr | int], None]) -> None:
         """Both elements of a pair at once where rows begin at even ones; never beyond D."""
         if self.problem.D % 2 == 0:
             with T.vectorized(2) as e:
@@ -401,7 +399,7 @@ class Block(Standing):
                     value = self.products.output[slot + e]
                     T.buffer_store(self.buffers["part_out"], value, [self.split, record, d + e])
 
-                self._pair(d, element)
+                self._both(d, element)
 
             self._columns(m, h, store)
         with T.If(tir.all(self.first_column == 0, self.part == 0)), T.Then():

@@ -146,37 +146,56 @@ class Standing:
             bias = bias * float32(LOG2E)
         return attention.score(p.pse_type, qk, bias, p.scale * LOG2E)
 
-    def bias(self, m: int, h: int, j: Expr) -> Expr | None:
+    def bias_pair(self, m: int, h: int, j: Expr) -> list[Expr | None]:
+        """Bias of key j, which is even, and of the next."""
         p, at = self.problem, self.at
         if p.pse is None:
-            return None
+            return [None, None]
         n, i = self.head_and_row(self.row(m, h))
         if p.pse == "slopes":
             start = self.scalars["kv_start_idx"] - self.scalars["q_start_idx"]
             start = start.astype("int32") if p.starts_fit_int32 else start
-            return attention.generated_bias(p.pse_type, self.slope_of[m, h], i, j, start)
-        pse = self.buffers["pse"]
+            slope = self.slope_of[m, h]
+            return [attention.generated_bias(p.pse_type, slope, i, j + e, start) for e in range(2)]
         lead = attention.broadcast_index(4, p.one_batch("pse"), False, at.b, n)
-        j = tir.min(j, at.S2 - 1)
-        if p.pse != "packed":
-            return pse[(*lead, i if p.pse == "rows" else 0, j)].astype("float32")
-        where = attention.packed_bias(p.layout == "TND", at, i, j, int32(pse.shape[3]))
+        if p.pse == "packed":
+            return [self._packed_bias(lead, i, tir.min(j + e, at.S2 - 1)) for e in range(2)]
+        row = i if p.pse == "rows" else 0
+        pair = self._pair(self.buffers["pse"], [*lead, row], j)
+        return [value.astype("float32") for value in pair]
+
+    def _packed_bias(self, lead: list, i: Expr, j: Expr) -> Expr:
+        p, pse = self.problem, self.buffers["pse"]
+        where = attention.packed_bias(p.layout == "TND", self.at, i, j, int32(pse.shape[3]))
         value = pse[(*lead, where.row, where.column)].astype("float32")
         return tir.Select(where.inside, value, float32(0))
+
+    def _pair(self, buffer: tir.Buffer, lead: list, j: Expr) -> list[Expr]:
+        """Elements j, which is even, and j + 1 of a row of S2; beyond the last, others of it. One
+        access where rows begin at even elements.
+        """
+        S2 = self.problem.S2
+        if not isinstance(S2, int) or S2 % 2:
+            return [buffer[(*lead, tir.min(j + e, self.at.S2 - 1))] for e in range(2)]
+        found = T.alloc_buffer((2,), buffer.dtype, scope="local")
+        even = tir.min(j >> 1, S2 // 2 - 1) * 2  # TVM sees that it is even
+        both = tir.Ramp(even, 1, 2)
+        T.buffer_store(found, tir.BufferLoad(buffer, [*lead, both]), [tir.Ramp(0, 1, 2)])
+        return [found[0], found[1]]
 
     def _slope(self, m: int, h: int) -> Expr:
         pse = self.buffers["pse"]
         n, _ = self.head_and_row(self.row(m, h))
         return pse[(n,) if len(pse.shape) == 1 else (self.at.b, n)]
 
-    def dropped(self, m: int, h: int, j: Expr) -> Expr:
-        """atten_mask drops the pair."""
+    def dropped_pair(self, m: int, h: int, j: Expr) -> list[Expr]:
+        """Whether atten_mask drops key j, which is even, and the next."""
         p, mask = self.problem, self.buffers["atten_mask"]
         n, i = self.head_and_row(self.row(m, h))
         lead = attention.broadcast_index(
             len(mask.shape), p.one_batch("atten_mask"), p.one_head("atten_mask"), self.at.b, n
         )
-        return mask[(*lead, i, tir.min(j, self.at.S2 - 1))].astype("int32") != 0
+        return [x.astype("int32") != 0 for x in self._pair(mask, [*lead, i], j)]
 
     # -- dropout ------------------------------------------------------------------------------
 
