@@ -487,6 +487,12 @@ def test_instructions(dtype, arch):
     assert "ex2.approx.ftz.f32" in text
 
 
+@pytest.mark.parametrize(("arch", "dtype"), [("sm_75", "float16"), ("sm_80", "float32")])
+def test_barriers_are_the_kernels_own(arch, dtype):
+    """TVM adds none: the text holds the function that wraps the instruction, once."""
+    assert source(arch, dtype, 64).count("__syncthreads()") == 1
+
+
 @pytest.mark.parametrize("arch", architectures.ARCHS)
 def test_float32_is_not_rounded_to_narrower_products(arch):
     text = source(arch, "float32", 64)

@@ -213,21 +213,20 @@ class OrdinaryUnits(Products):
             for h in range(2)
         ]
 
-    def _load(self, target: tir.Buffer, index: list, offset: Expr, count: int) -> None:
-        source = tir.BufferLoad(self.shared, [tir.Ramp(offset, 1, count)])
-        T.buffer_store(target, source, [*index, tir.Ramp(0, 1, count)])
+    def _load(self, registers: list[Expr], offset: Expr) -> None:
+        cuda.load_shared(registers, T.address_of(self.shared[offset]))
 
     def add_scores(self, slot: Expr | int, step: int) -> None:
         c = self.config
         with T.serial(self.slot_chunks) as chunk:
             for k, (_, _, row) in enumerate(self._rows()):
                 at = chunk_offset(row, step * self.slot_chunks + chunk, self.query_chunks, 4)
-                self._load(self.left, [k], at, 4)
+                self._load([self.left[k, d] for d in range(4)], at)
             for n in range(c.keys // 8):
                 for e in range(2):
                     key = 8 * n + cuda.accumulator_column(self.lane, e)
                     at = slot + chunk_offset(key, chunk, self.slot_chunks, 4)
-                    self._load(self.right, [], at, 4)
+                    self._load([self.right[d] for d in range(4)], at)
                     for k, (m, h, _) in enumerate(self._rows()):
                         place = self.score_slot(m, n, h, e)
                         for d in range(4):
@@ -240,12 +239,9 @@ class OrdinaryUnits(Products):
         for m, h, row in self._rows():
             for n in range(c.keys // 8):
                 at = self.weights + chunk_offset(row, 2 * n + column // 4, c.keys // 4, 4)
-                pair = tir.Ramp(self.score_slot(m, n, h, 0), 1, 2)
-                T.buffer_store(
-                    self.shared,
-                    tir.BufferLoad(self.scores, [pair]),
-                    [tir.Ramp(at + column % 4, 1, 2)],
-                )
+                first = self.score_slot(m, n, h, 0)
+                pair = [self.scores[first + e] for e in range(2)]
+                cuda.store_shared(T.address_of(self.shared[at + column % 4]), pair)
         T.evaluate(T.cuda.warp_sync())
 
     def add_values(self, slot: Expr | int, step: int) -> None:
@@ -254,12 +250,12 @@ class OrdinaryUnits(Products):
         with T.serial(c.keys // 4) as quad:
             for k, (_, _, row) in enumerate(self._rows()):
                 at = self.weights + chunk_offset(row, quad, c.keys // 4, 4)
-                self._load(self.left, [k], at, 4)
+                self._load([self.left[k, d] for d in range(4)], at)
             for key in range(4):
                 for n in range(c.depth // 8):
                     chunk = 2 * n + column // 4
                     at = slot + chunk_offset(quad * 4 + key, chunk, self.slot_chunks, 4)
-                    self._load(self.right, [], at + column % 4, 2)
+                    self._load([self.right[e] for e in range(2)], at + column % 4)
                     for k, (m, h, _) in enumerate(self._rows()):
                         for e in range(2):
                             place = self.output_slot(m, step * c.depth // 8 + n, h, e)

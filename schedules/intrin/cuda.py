@@ -112,6 +112,24 @@ def exp2(target: Expr, x: Expr) -> None:
     T.evaluate(T.ptx["ex2.approx.ftz.f32"](target, x))
 
 
+def load_shared(registers: Sequence[Expr], address: Expr) -> None:
+    """1, 2 or 4 consecutive floats.
+
+    As an instruction, since TVM puts a barrier between every store and load of shared memory that
+    it sees, where the kernel's own are enough.
+    """
+    T.evaluate(T.ptx[f"ld.shared{_vector(registers)}.f32"](*registers, address))
+
+
+def store_shared(address: Expr, values: Sequence[Expr]) -> None:
+    """1, 2 or 4 consecutive floats."""
+    T.evaluate(T.ptx[f"st.shared{_vector(values)}.f32"](address, *values))
+
+
+def _vector(values: Sequence[Expr]) -> str:
+    return f".v{len(values)}" if len(values) > 1 else ""
+
+
 def copy_register(target: Expr, x: Expr) -> None:
     """``x``, which the compiler takes for a new value: nothing that depends on it leaves a loop."""
     T.evaluate(T.ptx["mov.b32"](target, x))
