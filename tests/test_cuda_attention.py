@@ -402,12 +402,13 @@ def test_tiles_without_allowed_pairs_are_not_computed(attrs):
     """Values that a query tile may not see are NaN: a product with them, even with weights of 0,
     would show.
     """
-    S1, S2, keys = 300, 520, 64
+    S1, S2 = 300, 520
     feeds = inputs(1, 1, 1, S1, S2, 16) | {"atten_mask": CAUSAL}
     attrs = node(N1=1, **attrs)
     func = kernel(feeds, **attrs)
     whole = execute(func, feeds, attrs)["attention_out"]
-    rows = config(feeds, **attrs).rows
+    cut = config(feeds, **attrs)
+    rows, keys = cut.rows, cut.keys
     skipped = 0
     for block in range(-(-S1 // rows)):
         tile = -(-S1 // rows) - 1 - block  # the last tiles start first
@@ -521,7 +522,9 @@ def test_registers_and_spills(arch, dtype, D, kind, tmp_path):
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr)]
     assert spills
     assert not any(spills)
-    assert all(int(n) <= 255 for n in re.findall(r"Used (\d+) registers", done.stderr))
+    two_blocks = architectures.ARCHS[arch].registers_per_sm // 2
+    for registers in re.findall(r"Used (\d+) registers", done.stderr):
+        assert -(-int(registers) // 8) * 8 * 128 <= two_blocks
 
 
 @pytest.mark.parametrize("arch", architectures.ARCHS.values(), ids=lambda arch: arch.name)

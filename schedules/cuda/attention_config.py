@@ -93,8 +93,8 @@ class AttentionConfig:
 
 
 def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
-    """The largest tile of rows that is needed and fits; keys and ring follow from what is left of
-    the shared memory.
+    """The largest tile of rows that is needed and fits; then the most keys, then the deepest ring,
+    with which two blocks share a multiprocessor, or else that one block can have.
 
     128 rows in four warps halve the traffic from shared memory against 64; with D above 128 their
     accumulators would exceed the registers.
@@ -113,27 +113,31 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
         held = warps * row_tiles * 16
         if (row_tiles == 2 and steps > 1) or (held > _FEW_ROWS and held >= 2 * rows):
             continue
-        for keys in _key_tiles(tensor_cores, arch, depth * row_tiles):
-            for slots in (4, 2):
-                config = AttentionConfig(
-                    tensor_cores=tensor_cores,
-                    warps=warps,
-                    row_tiles=row_tiles,
-                    keys=keys,
-                    depth=depth,
-                    steps=steps,
-                    value_steps=-(-steps // slices) if wants_output else 0,
-                    slices=slices,
-                    slots=slots,
-                    item_bytes=item,
-                    piece=piece,
-                    asynchronous=whole and arch.cp_async,
-                    queries_in_registers=tensor_cores and steps * depth * row_tiles <= 128,
-                    heads=heads,
-                    split_blocks=_SPLIT_BLOCKS if rows <= _FEW_ROWS else 0,
-                )
-                if _fits(config, arch):
-                    return config
+        options = [
+            AttentionConfig(
+                tensor_cores=tensor_cores,
+                warps=warps,
+                row_tiles=row_tiles,
+                keys=keys,
+                depth=depth,
+                steps=steps,
+                value_steps=-(-steps // slices) if wants_output else 0,
+                slices=slices,
+                slots=slots,
+                item_bytes=item,
+                piece=piece,
+                asynchronous=whole and arch.cp_async,
+                queries_in_registers=tensor_cores and steps * depth * row_tiles <= 128,
+                heads=heads,
+                split_blocks=_SPLIT_BLOCKS if rows <= _FEW_ROWS else 0,
+            )
+            for keys in _key_tiles(tensor_cores, arch, depth * row_tiles)
+            for slots in ((4, 2) if whole and arch.cp_async else (2,))
+        ]
+        shared = [c for c in options if c.keys >= 32 and _two_share(c, arch)]
+        alone = [c for c in options if c.slots == 2 and c.shared_bytes <= arch.shared_per_block]
+        if found := shared or alone:
+            return found[0]
     raise UnsupportedError(
         f"{problem.label}: found D = {problem.D} in {problem.dtype}, allowed what "
         f"{arch.shared_per_block} bytes of shared memory hold on {arch.name}"
@@ -151,12 +155,10 @@ def _key_tiles(tensor_cores: bool, arch: Arch, columns: int) -> tuple[int, ...]:
     return (48, 32, 16) if arch.cp_async else (32, 16)
 
 
-def _fits(config: AttentionConfig, arch: Arch) -> bool:
-    """A deep ring only where two blocks still share a multiprocessor."""
-    if config.slots > 2:
-        both = 2 * (config.shared_bytes + 1024)
-        return config.asynchronous and both <= arch.shared_per_sm
-    return config.shared_bytes <= arch.shared_per_block
+def _two_share(config: AttentionConfig, arch: Arch) -> bool:
+    """Two blocks fit into a multiprocessor: one multiplies while the other one takes weights."""
+    own = 1024 if arch.cp_async else 0  # what a block takes for itself came with sm_80, too
+    return 2 * (config.shared_bytes + own) <= arch.shared_per_sm
 
 
 def _rows(problem: AttentionProblem) -> tuple[int, int]:
