@@ -107,6 +107,7 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
     depth = _up(-(-padded // steps), 16)
     wants_output = "attention_out" in problem.outputs
     slices = -(-steps // 2) if wants_output else 1
+    value_steps = -(-steps // slices) if wants_output else 0
     heads, rows = _rows(problem)
     piece, whole = _piece(problem, item)
     for warps, row_tiles in ((4, 2), (4, 1), (2, 1), (1, 1)):
@@ -121,7 +122,7 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
                 keys=keys,
                 depth=depth,
                 steps=steps,
-                value_steps=-(-steps // slices) if wants_output else 0,
+                value_steps=value_steps,
                 slices=slices,
                 slots=slots,
                 item_bytes=item,
@@ -131,7 +132,7 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
                 heads=heads,
                 split_blocks=_SPLIT_BLOCKS if rows <= _FEW_ROWS else 0,
             )
-            for keys in _key_tiles(tensor_cores, arch, depth * row_tiles)
+            for keys in _key_tiles(tensor_cores, arch, value_steps * depth * row_tiles)
             for slots in ((4, 2) if whole and arch.cp_async else (2,))
         ]
         shared = [c for c in options if c.keys >= 32 and _two_share(c, arch)]
