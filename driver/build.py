@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..runtime.manifest import Manifest, Tensor
 from ..runtime.module import Module, versions
 from ..runtime.quiet import without_noise
 from ..schedules.apply import ApplySchedules
+from . import device_code
 from . import target as targets
 from .fuse_rows import FuseRows
 from .inline_scalars import InlineScalars
@@ -44,7 +46,8 @@ def compile(
 
     Args:
         model: a path (external data beside it) or a ModelProto.
-        target: ``"llvm"`` (this host), a short name of ``driver.target.TARGETS``, or a TVM target.
+        target: ``"llvm"`` (this host), ``"cuda"`` (this machine's GPU), a short name of
+            ``driver.target.TARGETS`` or ``CUDA_TARGETS``, or a TVM target.
         shapes: sizes of symbolic dimensions, by dimension name or by input; the rest stay symbolic.
         threads: how many a call uses; default ``OPFERRY_NUM_THREADS`` or the cores this process
             may use.
@@ -53,7 +56,7 @@ def compile(
 
     Raises:
         OpferryError: the model, a node of it, the target or the shapes are not valid or not
-            supported.
+            supported; a CUDA target has no compiler here.
     """
     resolved = targets.resolve(target)
     progress("load")
@@ -71,24 +74,35 @@ def compile_prepared(
     progress: Progress = lambda step: None,
 ) -> Module:
     """``compile`` for a model that went through ``frontend.model.prepare``."""
+    cuda = target.kind.name == "cuda"
+    if cuda:
+        device_code.require_compiler()
     progress("import")
     with without_noise():
         imported = import_model(model, target)
-    executable = _build(imported, target, dump_ir, progress)
+    with device_code.compiling_for(target) if cuda else nullcontext():
+        executable = generate(imported, target, dump_ir, progress)
+    options = {}
+    if cuda:
+        progress("compile kernels")
+        device_code.compile_kernels(executable.mod, target)
+        options["fpack_imports"] = device_code.packer(target)
 
     def export(path: Path) -> None:
-        executable.export_library(str(path))
+        executable.export_library(str(path), **options)
 
     return Module(_manifest(imported, target), executable.jit, export, threads)
 
 
-def _build(
+def generate(
     imported: Imported,
     target: Target,
-    dump_ir: str | os.PathLike[str] | None,
-    progress: Progress,
+    dump_ir: str | os.PathLike[str] | None = None,
+    progress: Progress = lambda step: None,
 ) -> relax.VMExecutable:
-    """Optimise and generate code; what TVM cannot do leaves as ``UnsupportedError``."""
+    """Optimise and generate code: machine code of a CPU, CUDA C++ of a GPU. What TVM cannot do
+    leaves as ``UnsupportedError``.
+    """
     try:
         with without_noise(), target:
             progress("optimise")
@@ -120,16 +134,16 @@ def pipeline(target: Target, dump_ir: str | os.PathLike[str] | None = None) -> P
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FoldConstant(),
             InlineScalars(),
-            FuseRows(),
+            *([FuseRows()] if target.kind.name == "llvm" else []),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
+            relax.transform.RewriteDataflowReshape(),
             relax.transform.DeadCodeElimination(["main"]),
             dump("graph"),
             # 2. Kernels: ours by name, the rest by generic rules.
             ApplySchedules(target),
             dump("schedule"),
             # 3. Memory and calls.
-            relax.transform.RewriteDataflowReshape(),
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
@@ -192,6 +206,7 @@ def _manifest(imported: Imported, target: Target) -> Manifest:
         operators=imported.operators,
         versions=versions(),
         checks=imported.checks,
+        device_code=device_code.form() if target.kind.name == "cuda" else "",
     )
 
 

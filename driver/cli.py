@@ -99,7 +99,8 @@ _compilation = _options(
         default="llvm",
         show_default=True,
         callback=_target,
-        help='"llvm" is this machine; see `opferry list` for others, or give TVM\'s JSON.',
+        help='"llvm" is this machine, "cuda" its GPU; see `opferry list` for others, or give '
+        "TVM's JSON.",
     ),
     click.option(
         "--shape",
@@ -130,7 +131,7 @@ def main() -> None:
 def list_(as_json: bool) -> None:
     """Operators and targets that are supported."""
     from ..relay_ops import OPS
-    from .target import KINDS, TARGETS
+    from .target import CUDA_TARGETS, KINDS, TARGETS
 
     operators = [
         {
@@ -143,8 +144,11 @@ def list_(as_json: bool) -> None:
         }
         for op in OPS
     ]
+    names = TARGETS | CUDA_TARGETS
     if as_json:
-        return _print_json({"operators": operators, "targets": {"llvm": None, **TARGETS}})
+        return _print_json(
+            {"operators": operators, "targets": {"llvm": None, "cuda": None, **names}}
+        )
     _table(
         ("operator", "domain", "version", "targets"),
         [
@@ -152,8 +156,9 @@ def list_(as_json: bool) -> None:
             for o in operators
         ],
     )
-    rows = [(name, json.dumps(record)) for name, record in TARGETS.items()]
-    _table(("target", "TVM target"), [("llvm", "this machine, detected"), *rows])
+    rows = [(name, json.dumps(record)) for name, record in names.items()]
+    detected = [("llvm", "this machine, detected"), ("cuda", "the GPU of this machine, detected")]
+    _table(("target", "TVM target"), [*detected, *rows])
 
 
 @main.command(epilog="Example: opferry inspect encoder.onnx --shape batch=1 --shape length=128")

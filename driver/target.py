@@ -7,9 +7,10 @@ from typing import Any, NoReturn
 
 from tvm.target import Target, codegen
 
-from ..runtime import cpu
+from ..runtime import cpu, gpu
 from ..runtime.errors import OpferryError, UnsupportedError
 from ..runtime.quiet import without_noise
+from ..schedules.cuda import arch
 
 TARGETS: dict[str, dict[str, Any]] = {
     "x86-64": {"kind": "llvm", "mcpu": "x86-64"},
@@ -19,21 +20,34 @@ TARGETS: dict[str, dict[str, Any]] = {
     "x86-avx512vnni": {"kind": "llvm", "mcpu": "cascadelake"},
     "x86-avx512bf16": {"kind": "llvm", "mcpu": "cooperlake"},
 }
-"""Short name -> TVM target; ``"llvm"`` is this host, detected."""
+"""Short name -> TVM target of a CPU; ``"llvm"`` is this host, detected."""
 
+CUDA_TARGETS: dict[str, dict[str, Any]] = {
+    f"cuda-{name}": {"kind": "cuda", "arch": name} for name in arch.ARCHS
+}
+"""Short name -> TVM target of an NVIDIA GPU; ``"cuda"`` is the one in this machine, detected."""
 
-KINDS = ("llvm",)
+KINDS = ("llvm", "cuda")
 
 
 def resolve(target: str | Mapping[str, Any] | Target) -> Target:
-    """A TVM target from ``"llvm"`` (this host), a short name, or TVM's own dict, JSON or object.
+    """A TVM target from ``"llvm"`` (this host), ``"cuda"`` (the GPU of this machine, or
+    `arch.DEFAULT` without one), a short name, or TVM's own dict, JSON or object.
 
     Raises ``OpferryError`` naming what is allowed.
     """
     if target == "llvm":
         return host()
+    if target == "cuda":
+        return _with_gpu_facts({"kind": "cuda", "arch": local_arch()})
+    if isinstance(target, str) and target in CUDA_TARGETS:
+        return _with_gpu_facts(CUDA_TARGETS[target])
+    if isinstance(target, str) and target.startswith("cuda-"):
+        _refuse_arch(target.removeprefix("cuda-"))
     if isinstance(target, str) and target in TARGETS:
         return Target(TARGETS[target])
+    if isinstance(target, Mapping) and target.get("kind") == "cuda":
+        return _cuda(target)
     try:
         with without_noise():
             resolved = (
@@ -43,15 +57,67 @@ def resolve(target: str | Mapping[str, Any] | Target) -> Target:
             )
     except (ValueError, TypeError, RuntimeError) as error:
         raise OpferryError(
-            f"target: found {target!r}, allowed 'llvm', {sorted(TARGETS)}, "
+            f"target: found {target!r}, allowed 'llvm', 'cuda', "
+            f"{sorted(TARGETS | CUDA_TARGETS)}, "
             f"or a TVM target such as {{'kind': 'llvm', 'mcpu': 'znver4'}}: {error}"
         ) from error
     if resolved.kind.name not in KINDS:
         raise UnsupportedError(
             f"target: found kind {resolved.kind.name!r}, allowed {' or '.join(KINDS)}"
         )
+    if resolved.kind.name == "cuda":
+        return _cuda(resolved.export())
     _check_llvm(resolved)
     return resolved
+
+
+def _cuda(record: Mapping[str, Any]) -> Target:
+    """TVM's own record of a GPU target, checked and completed."""
+    name = str(record.get("arch") or local_arch())
+    if name not in arch.ARCHS:
+        _refuse_arch(name)
+    try:
+        target = _with_gpu_facts({**record, "arch": name})
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise OpferryError(f"target: found {dict(record)}, not allowed by TVM: {error}") from error
+    if target.host.kind.name != "llvm":
+        raise UnsupportedError(f"target: found host {target.host.kind.name!r}, allowed llvm")
+    _check_llvm(target.host)
+    return target
+
+
+def _with_gpu_facts(record: Mapping[str, Any]) -> Target:
+    """With the limits that TVM's schedule rules ask for, and the host that launches the kernels."""
+    return Target(
+        {
+            "max_threads_per_block": arch.BLOCK_THREADS,
+            "max_shared_memory_per_block": arch.STATIC_SHARED_BYTES,
+            "host": _launcher(),
+            **record,
+        }
+    )
+
+
+def _launcher() -> dict[str, Any]:
+    """Any CPU of this machine's architecture: it checks arguments and launches kernels."""
+    return TARGETS["x86-64"] if cpu.architecture() == "x86_64" else {"kind": "llvm"}
+
+
+def local_arch() -> str:
+    """Architecture to compile for on this machine: the newest that its GPU runs, or the default."""
+    capability = gpu.capability()
+    if capability is None:
+        return arch.DEFAULT
+    runs = [name for name, record in arch.ARCHS.items() if record.capability <= capability]
+    if not runs:
+        _refuse_arch("sm_{}{}".format(*capability))
+    return runs[-1]
+
+
+def _refuse_arch(name: str) -> NoReturn:
+    raise UnsupportedError(
+        f"target: found CUDA architecture {name!r}, allowed {', '.join(arch.ARCHS)}"
+    )
 
 
 def _check_llvm(target: Target) -> None:
@@ -91,18 +157,20 @@ def host() -> Target:
 
 
 def required_features(target: Target) -> tuple[str, ...]:
-    """Instruction sets that the compiler may use for an LLVM target, in ``runtime.cpu``'s names."""
-    if target.kind.name != "llvm":
-        return ()
+    """Instruction sets that the compiler may use on the CPU, in ``runtime.cpu``'s names."""
+    target = cpu_part(target)
     features = {str(feature) for feature in codegen.llvm_get_cpu_features(target)}
     return tuple(sorted(features & cpu.LINUX_FLAGS.keys()))
 
 
 def architecture(target: Target) -> str:
-    """Machine name that a CPU target's library runs on."""
-    if target.kind.name != "llvm":
-        return cpu.architecture()
-    return cpu.canonical_architecture(_triple(target).split("-")[0])
+    """Machine name that a target's library runs on."""
+    return cpu.canonical_architecture(_triple(cpu_part(target)).split("-")[0])
+
+
+def cpu_part(target: Target) -> Target:
+    """The target itself, or the host of a GPU."""
+    return target if target.kind.name == "llvm" else target.host
 
 
 def _triple(target: Target) -> str:

@@ -8,6 +8,9 @@ columns and groups of G consecutive k, both zero-padded; a is packed by rows wit
 NB, G and the packing of a are the target's (`schedules.INT8_TILES`). Where the target's dot product
 takes a shifted a, the surplus is a vector per column of b, subtracted before the epilogue.
 
+Targets without a row there have a kernel of their own instead (`schedules.TIR_BUILDERS`), which is
+given a `Problem`; b is then stored [zb, N, K], rows zero-padded to whole `ROW_BYTES`.
+
 `Weight` and `int8_matmul` take batched matrices; N and K that are only known at the call lead to a
 plain kernel without packing. M and the batch may be symbolic in both.
 """
@@ -25,8 +28,11 @@ from tvm.target import Target
 from .. import schedules
 from ..schedules.tile import ROWS, Tile
 from .dims import int64, is_one
-from .op import Dim, te_kernel
+from .op import Dim, te_kernel, tir_kernel
 from .orders import COLS, Order
+
+ROW_BYTES = 16
+"""What the rows of an unpanelled weight are padded to: one vector access."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,48 @@ class Left:
 
 
 @dataclass(frozen=True)
+class Problem:
+    """What the builder of a TIR kernel is told: y = epilogue(a @ b), one matrix for each of
+    ``batch``.
+
+    The kernel's parameters are the buffers a, b, the operands and y, in this order, of the given
+    types. Dimensions and index maps may use the graph's symbols; `op.tir_kernel` binds them.
+    """
+
+    batch: Dim
+    m: Dim
+    n: int
+    k: int
+    a: relax.TensorType
+    """int8; entry (z, m, k) is ``a_entry(buffer, a_batch(z), m, k)``."""
+    a_entry: Entry
+    a_batch: BatchMap
+    a_run: int
+    """Consecutive k, from every multiple of it on, that are consecutive bytes of ``a``: 1 tells
+    nothing.
+    """
+    b: relax.TensorType
+    """int8 [zb, N, K padded to ROW_BYTES with zeros]; matrix z is ``b_batch(z)``."""
+    b_batch: BatchMap
+    operands: tuple[relax.TensorType, ...]
+    y: relax.TensorType
+    """[batch, M, N], or [batch, N/32, M, 32] in COL32."""
+    order: Order
+    epilogue: Epilogue
+    """``epilogue(acc, at(z, row, n), *operand_buffers)`` for z, row and n inside y."""
+
+    def at(self, z: Expr, row: Expr, n: Expr) -> At:
+        """What the epilogue is told of entry (z, row, n)."""
+        return At(z, row, n, n)
+
+    def y_index(self, z: Expr, row: Expr, n: Expr) -> list[Expr]:
+        """Where entry (z, row, n) lies in y."""
+        if self.order is Order.COL32:
+            return [z, n // COLS, row, n % COLS]
+        return [z, row, n]
+
+
+@dataclass(frozen=True)
 class Weight:
     """The right operand, packed (``tile`` set) or as it came (``tile`` None).
 
@@ -86,7 +134,9 @@ class Weight:
     """
 
     data: relax.Expr
-    """int8 [batch, N/NB, K/G, NB, G] packed; any shape that ``entry`` reads otherwise."""
+    """int8 [batch, N/NB, K/G, NB, G] packed; otherwise any shape that ``entry`` reads, which is
+    [batch, N, K padded] for targets with a kernel of their own.
+    """
     excess: relax.Expr | None
     """int32 [batch, N padded to NB]: the surplus of the target's dot product, if it has one."""
     batch: Dim
@@ -95,6 +145,11 @@ class Weight:
     entry: Entry
     tile: Callable[[Dim], Tile] | None
     """``tile(M)``: the register tile for M rows."""
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether N and K are known now."""
+        return isinstance(self.n, int) and isinstance(self.k, int)
 
     @property
     def padded_n(self) -> Dim:
@@ -141,6 +196,8 @@ def pack_weight(
     if not (isinstance(n, int) and isinstance(k, int)):
         data = relax.const(source) if isinstance(source, np.ndarray) else source
         return Weight(data, None, batch, n, k, entry, None)
+    if target.kind.name not in schedules.INT8_TILES:
+        return Weight(_rows(bb, source, n, k, batch, entry), None, batch, n, k, row_major, None)
 
     def tile(m: Dim) -> Tile:
         return schedules.INT8_TILES[target.kind.name](target, m, n, panel)
@@ -189,8 +246,37 @@ def pack_weight(
     return Weight(data, excess, batch, n, k, entry, tile)
 
 
+def _rows(
+    bb: relax.BlockBuilder,
+    source: np.ndarray | relax.Expr,
+    n: int,
+    k: int,
+    batch: Dim,
+    entry: Entry,
+) -> relax.Expr:
+    """int8 [batch, N, K padded to ROW_BYTES]."""
+    padded_k = -(-k // ROW_BYTES) * ROW_BYTES
+    if isinstance(source, np.ndarray):
+        z, rows, ks = np.ogrid[:batch, :n, :k]
+        b = np.zeros((batch, n, padded_k), np.int8)
+        b[:, :, :k] = entry(source, z, rows, ks)
+        return relax.const(b)
+    if entry is row_major and padded_k == k:
+        return source
+
+    def rows(b: te.Tensor) -> te.Tensor:
+        def value(z, row, depth):
+            inside = entry(b, z, row, depth)
+            return inside if padded_k == k else tirx.if_then_else(depth < k, inside, _i8(0))
+
+        return te.compute(_dims(batch, n, padded_k), value, name="pack_weight")
+
+    return te_kernel(bb, "int8_matmul.pack_weight", rows, source)
+
+
 def int8_matmul(
     bb: relax.BlockBuilder,
+    target: Target,
     kernel: str,
     left: Left,
     weight: Weight,
@@ -202,8 +288,8 @@ def int8_matmul(
     left_batch: BatchMap | None = None,
     weight_batch: BatchMap | None = None,
 ) -> relax.Expr:
-    """Emit ``left @ weight`` with its epilogue as the kernel ``kernel`` (``<kernel>_plain`` for an
-    unpacked weight).
+    """Emit ``left @ weight`` with its epilogue as the kernel ``kernel`` (``<kernel>_plain`` where N
+    or K is only known at the call).
 
     Args:
         epilogue: see `Epilogue`; its dtype is the output's. ``operands`` reach it as TE tensors.
@@ -217,6 +303,30 @@ def int8_matmul(
     left_batch = left_batch or _batch_map(left.batch)
     weight_batch = weight_batch or _batch_map(weight.batch)
     tile = None if weight.tile is None else weight.tile(left.m)
+    if tile is None and weight.is_fixed:
+        types = tuple(operand.ty for operand in operands)
+        shape = _dims(batch, left.m, weight.n)
+        if order is Order.COL32:
+            shape = _dims(batch, weight.n // COLS, left.m, COLS)
+        y = relax.TensorType(shape, _epilogue_dtype(epilogue, types))
+        problem = Problem(
+            batch=batch,
+            m=left.m,
+            n=weight.n,
+            k=weight.k,
+            a=left.data.ty,
+            a_entry=left.entry,
+            a_batch=left_batch,
+            a_run={row_major: weight.k, col32: COLS}.get(left.entry, 1),
+            b=weight.data.ty,
+            b_batch=weight_batch,
+            operands=types,
+            y=y,
+            order=order,
+            epilogue=epilogue,
+        )
+        func = schedules.tir_builder("int8_matmul", target)(problem, target)
+        return tir_kernel(bb, kernel, func, [left.data, weight.data, *operands], y)
 
     def definition(a: te.Tensor, b: te.Tensor, *rest: te.Tensor) -> te.Tensor:
         """Blocks ``pack_a`` (packed only), ``dot``, ``epilogue``, ``store``."""
@@ -252,6 +362,13 @@ def int8_matmul(
     if tile is None:
         return te_kernel(bb, f"{kernel}_plain", definition, *tensors, *operands)
     return te_kernel(bb, kernel, definition, *tensors, *operands, **{ROWS: tile.rows})
+
+
+def _epilogue_dtype(epilogue: Epilogue, operands: Sequence[relax.TensorType]) -> str:
+    buffers = [tirx.decl_buffer([*ty.shape], str(ty.dtype)) for ty in operands]
+    zero = int64(0)
+    acc = tirx.const(0, "int32")
+    return str(epilogue(acc, At(zero, zero, zero, zero), *buffers).ty.dtype)
 
 
 def _packed_dot(a, b, left: Left, weight: Weight, tile: Tile, batch, left_batch, weight_batch):

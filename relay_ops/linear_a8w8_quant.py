@@ -185,6 +185,7 @@ def lower(bb: relax.BlockBuilder, node: Node) -> list[relax.Expr]:
     operands = _operands(bb, node, p, weight)
     y = int8_matmul(
         bb,
+        node.target,
         "linear_a8w8_quant.gemm",
         left,
         weight,

@@ -222,8 +222,21 @@ def tir_kernel(
     """Emit the PrimFunc ``func`` (inputs, then scalar ``tir_vars``, outputs) as the kernel
     ``name``, already scheduled.
 
-    Returns the output tensor, or a tuple of them when ``out`` is a sequence.
+    ``func`` may use symbolic dimensions of the graph; those that are no buffer's own dimension
+    become scalar parameters. Returns the output tensor, or a tuple of them when ``out`` is a
+    sequence.
     """
+    types = [*(arg.ty for arg in args), *([out] if isinstance(out, relax.TensorType) else out)]
+    symbols = {v for t in types for dim in t.shape for v in tirx.analysis.undefined_vars(dim)}
+    shapes = [dim for param in func.params if _is_buffer(param) for dim in param.ty.shape]
+    if used := [var for var in _symbols(func, shapes) if var in symbols]:
+        outputs = len(types) - len(args)
+        free = [var for var in used if var not in {*shapes, *tir_vars}]
+        params = [*func.params[:-outputs], *free, *func.params[-outputs:]]
+        func = tirx.PrimFunc(params, func.body, func.ret_type, func.attrs)
+        func = get_global_func("s_tir.RenewDefs")(func)
+        tir_vars = [*tir_vars, *free]
+    func = func.without_attr("global_symbol")
     func = func.with_attrs({KERNEL: name, "op_pattern": _OPAQUE, "tirx.is_scheduled": True})
     var = bb.add_func(func, name.replace(".", "_"))
     out = out if isinstance(out, relax.TensorType) else list(out)
@@ -248,6 +261,10 @@ def encode(value: object, symbols: frozenset[tirx.Var]) -> checks.Encoded | None
     operands = [value.a] if name == "Not" else [value.a, value.b]
     encoded = [encode(operand, symbols) for operand in operands]
     return None if None in encoded else [name, *encoded]
+
+
+def _is_buffer(param: tirx.Var) -> bool:
+    return not isinstance(param.ty, PrimType)
 
 
 def _symbols(func: tirx.PrimFunc, shapes: Sequence[Expr]) -> list[tirx.Var]:

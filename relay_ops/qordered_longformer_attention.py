@@ -235,7 +235,7 @@ def _project(
         weight.columns(bb, _per_column(bb, node, alpha, scales, columns)),
         weight.columns(bb, _per_column(bb, node, bias, (names.bias,), columns)),
     ]
-    return int8_matmul(bb, f"{NAME}.gemm", left, weight, requantise, operands=operands)
+    return int8_matmul(bb, node.target, f"{NAME}.gemm", left, weight, requantise, operands=operands)
 
 
 def _per_column(

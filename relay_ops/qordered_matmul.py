@@ -156,6 +156,7 @@ def lower(bb: relax.BlockBuilder, node: Node) -> list[relax.Expr]:
     operands = _operands(bb, node, p, weight)
     y = int8_matmul(
         bb,
+        node.target,
         "qordered_matmul.gemm",
         _left(bb, node, p),
         weight,

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import cpu
+from . import cpu, gpu
 from .checks import Check
 from .errors import ArtifactError
 
@@ -41,6 +41,12 @@ class Manifest:
     checks: tuple[Check, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
     """File name -> SHA-256, of a saved module."""
+    device_code: str = ""
+    """Form of a GPU's machine code, "fatbin" or "cubin"; empty for a CPU."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.target.get("kind") == "cuda"
 
     def to_json(self) -> str:
         data = {"format": FORMAT, **asdict(self)}
@@ -76,7 +82,7 @@ class Manifest:
 
     def require_this_machine(self, where: Path | str) -> None:
         """``ArtifactError`` if this CPU lacks the architecture or an instruction set the library
-        uses.
+        uses, or there is no GPU that runs its kernels.
         """
         if self.architecture and self.architecture != cpu.architecture():
             raise ArtifactError(
@@ -89,6 +95,8 @@ class Manifest:
                 f"{where}: built for {self.target.get('mcpu', 'another CPU')}, "
                 f"this CPU lacks {', '.join(missing)}; compile for a target that it has"
             )
+        if self.on_gpu:
+            gpu.require(self.target, self.device_code, where)
 
 
 def _checksum(data: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from . import cpu
+from . import cpu, gpu
 from . import threads as thread_pool
 from .errors import (
     ArtifactError,
@@ -32,6 +32,9 @@ import tvm  # noqa: E402  (the size of its thread pool is read from the environm
 from tvm.runtime import load_module, vm  # noqa: E402
 
 LIBRARY = "module.so"
+
+Array = np.ndarray | tvm.runtime.Tensor
+"""An input: in host memory, or on the device."""
 
 
 class Module:
@@ -67,23 +70,32 @@ class Module:
     def outputs(self) -> tuple[Tensor, ...]:
         return self.manifest.outputs
 
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def run(
+        self, inputs: Mapping[str, Any], *, device_outputs: bool = False
+    ) -> dict[str, np.ndarray] | dict[str, tvm.runtime.Tensor]:
         """Compute the graph's outputs.
 
         ``inputs`` maps graph input names to anything with ``__dlpack__`` or ``__array__`` of the
-        declared dtype (bfloat16 through ml_dtypes) and shape. Returns the outputs by name, in ONNX
-        dtypes. Raises ``InvalidInputError`` (``InvalidInputTypeError`` for dtypes) before any
-        kernel starts, for values computed inside the graph before the kernel that takes them;
-        ``OpferryError`` when memory runs out.
+        declared dtype (bfloat16 through ml_dtypes) and shape. A module for a GPU takes tensors that
+        lie there (of torch, CuPy, ...) without a copy.
+
+        Returns the outputs by name, in ONNX dtypes, as NumPy arrays; with ``device_outputs`` as
+        they lie on the device, for any library's ``from_dlpack``, without waiting for the GPU. Work
+        goes to the CUDA stream that TVM uses: the default one, or that of
+        ``tvm_ffi.use_torch_stream``.
+
+        Raises ``InvalidInputError`` (``InvalidInputTypeError`` for dtypes) before any kernel
+        starts, for values computed inside the graph before the kernel that takes them;
+        ``OpferryError`` when memory runs out; ``ArtifactError`` when there is no device for it.
         """
         arrays = self._arrays(inputs)
         dims = bind_dimensions(self.inputs, arrays)
         for check in self.manifest.checks:
-            check.apply(dims, arrays)
+            check.apply(dims, {name: _on_host(arrays[name]) for name in check.inputs.values()})
         with self._lock:
             thread_pool.use(self.threads)
             main = self._main
-            tensors = [tvm.runtime.tensor(arrays[spec.name]) for spec in self.inputs]
+            tensors = [self._on_device(arrays[spec.name]) for spec in self.inputs]
             try:
                 result = main(*tensors)
             except (ValueError, AssertionError) as error:  # asserts of kernels and of the VM
@@ -91,7 +103,10 @@ class Module:
             except RuntimeError as error:  # of TVM's runtime: out of memory
                 raise OpferryError(f"run: the call failed: {error}") from error
         results = [result] if len(self.outputs) == 1 else list(result)
-        return {spec.name: value.numpy() for spec, value in zip(self.outputs, results)}
+        return {
+            spec.name: value if device_outputs else value.numpy()
+            for spec, value in zip(self.outputs, results)
+        }
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write library and manifest; ``folder`` appears whole or not at all, and replaces an older
@@ -132,10 +147,19 @@ class Module:
     def _main(self) -> Callable[..., Any]:
         self.manifest.require_this_machine("module")
         with without_noise():
-            machine = vm.VirtualMachine(self._executable(), tvm.cpu())
+            machine = vm.VirtualMachine(self._executable(), self._device)
         return machine["main"]
 
-    def _arrays(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    @property
+    def _device(self) -> tvm.runtime.Device:
+        return tvm.cuda(gpu.INDEX) if self.manifest.on_gpu else tvm.cpu()
+
+    def _on_device(self, array: Array) -> tvm.runtime.Tensor:
+        if isinstance(array, np.ndarray):
+            return tvm.runtime.tensor(array, self._device)
+        return array
+
+    def _arrays(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         names = [spec.name for spec in self.inputs]
         if not isinstance(inputs, Mapping):
             raise InvalidInputTypeError(
@@ -146,11 +170,16 @@ class Module:
         if missing or unknown:
             found = f"missing {missing}" if missing else f"unknown {unknown}"
             raise InvalidInputError(f"inputs: found {found}, allowed exactly {names}")
-        return {spec.name: as_array(spec, inputs[spec.name]) for spec in self.inputs}
+        arrays: dict[str, Array] = {}
+        for spec in self.inputs:
+            there = _on_gpu(spec, inputs[spec.name]) if self.manifest.on_gpu else None
+            arrays[spec.name] = as_array(spec, inputs[spec.name]) if there is None else there
+        return arrays
 
 
 def load(folder: str | os.PathLike[str], threads: int | None = None) -> Module:
-    """A saved module, verified: complete, unchanged, built for instructions that this CPU has.
+    """A saved module, verified: complete, unchanged, built for instructions that this CPU has, or
+    for its GPU.
 
     Raises ``ArtifactError`` otherwise. Needs TVM's runtime, not its compiler.
     """
@@ -212,17 +241,40 @@ def as_array(spec: Tensor, value: Any) -> np.ndarray:
         raise InvalidInputTypeError(
             f'input "{spec.name}": found {type(value).__name__}, allowed an array: {error}'
         ) from error
-    if array.dtype.name != spec.dtype:
-        raise InvalidInputTypeError(
-            f'input "{spec.name}": found dtype {array.dtype.name}, allowed {spec.dtype}'
-        )
-    if array.ndim != len(spec.shape):
-        raise InvalidInputError(
-            f'input "{spec.name}": found shape {array.shape}, allowed {len(spec.shape)} dimensions '
-            f"{_show(spec.shape)}"
-        )
+    _require_type(spec, array.dtype.name, array.shape)
     native = array.dtype.newbyteorder("=")
     return np.ascontiguousarray(array, native).reshape(array.shape)
+
+
+def _on_gpu(spec: Tensor, value: Any) -> tvm.runtime.Tensor | None:
+    """``value`` as it lies on the GPU, judged like `as_array`; None for what lies elsewhere."""
+    try:
+        tensor = gpu.as_tensor(value)
+    except InvalidInputError as error:
+        raise InvalidInputError(f'input "{spec.name}": {error}') from error
+    except Exception as error:  # whatever the object's own protocol raises
+        raise InvalidInputTypeError(
+            f'input "{spec.name}": found {type(value).__name__}, allowed an array: {error}'
+        ) from error
+    if tensor is not None:
+        _require_type(spec, str(tensor.dtype), tuple(tensor.shape))
+    return tensor
+
+
+def _require_type(spec: Tensor, dtype: str, shape: tuple[int, ...]) -> None:
+    if dtype != spec.dtype:
+        raise InvalidInputTypeError(
+            f'input "{spec.name}": found dtype {dtype}, allowed {spec.dtype}'
+        )
+    if len(shape) != len(spec.shape):
+        raise InvalidInputError(
+            f'input "{spec.name}": found shape {shape}, allowed {len(spec.shape)} dimensions '
+            f"{_show(spec.shape)}"
+        )
+
+
+def _on_host(array: Array) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else array.numpy()
 
 
 def _to_numpy(value: Any) -> np.ndarray:
@@ -234,14 +286,14 @@ def _to_numpy(value: Any) -> np.ndarray:
         return tvm.runtime.from_dlpack(value).numpy()
 
 
-def bind_dimensions(specs: tuple[Tensor, ...], arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+def bind_dimensions(specs: tuple[Tensor, ...], arrays: Mapping[str, Array]) -> dict[str, int]:
     """Size of each symbolic dimension; ``InvalidInputError`` where sizes are fixed, zero or
     disagree.
     """
     dims: dict[str, int] = {}
     source: dict[str, str] = {}
     for spec in specs:
-        shape = arrays[spec.name].shape
+        shape = tuple(arrays[spec.name].shape)
         for axis, (size, declared) in enumerate(zip(shape, spec.shape)):
             where = f'input "{spec.name}"'
             if isinstance(declared, int):

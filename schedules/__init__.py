@@ -16,6 +16,8 @@ from tvm.target import Target
 from tvm.tirx import PrimFunc
 
 from ..runtime.errors import UnsupportedError
+from .cuda import attention as cuda_attention
+from .cuda import gemm as cuda_gemm
 from .llvm import attention, gemm, longformer, nsa
 from .tile import Tile
 
@@ -30,14 +32,20 @@ SCHEDULES: dict[str, dict[str, Callable[[PrimFunc, Target], PrimFunc]]] = {
 }
 
 INT8_TILES: dict[str, Callable[..., Tile]] = {"llvm": gemm.tile}
-"""Target kind -> how an int8 matmul packs its operands: ``tile(target, m, n, panel)``."""
+"""Target kind -> how an int8 matmul packs its operands: ``tile(target, m, n, panel)``. Kinds
+without a row have a builder of ``int8_matmul``.
+"""
 
 TIR_BUILDERS: dict[str, dict[str, Callable[[Any, Target], PrimFunc]]] = {
+    "int8_matmul": {"cuda": cuda_gemm.build},
     "qordered_longformer_attention.attention": {"llvm": longformer.attention},
     "qordered_longformer_attention.gather_global_rows": {"llvm": longformer.gather_global_rows},
     "qordered_longformer_attention.global_tokens": {"llvm": longformer.global_tokens},
     "nsa_compress_attention.attend_select": {"llvm": nsa.attend_select},
-    "speed_fusion_attention.fused": {"llvm": attention.build_attention},
+    "speed_fusion_attention.fused": {
+        "cuda": cuda_attention.build_attention,
+        "llvm": attention.build_attention,
+    },
 }
 
 

@@ -11,11 +11,12 @@ from tvm.tirx import PrimFunc
 
 from ..relay_ops.op import KERNEL
 from . import SCHEDULES
+from .cuda import generic as cuda_generic
 from .llvm import generic
 
 SCHEDULED = "tirx.is_scheduled"
 
-GENERIC = {"llvm": generic.schedule}
+GENERIC = {"llvm": generic.schedule, "cuda": cuda_generic.schedule}
 """Target kind -> schedule of the kernels that have no row of their own."""
 
 

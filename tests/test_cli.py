@@ -97,7 +97,7 @@ def test_list_shows_all_operators_and_targets():
     output = invoke("list").output
     for op in OPS:
         assert op.schema.name in output
-    for name in target.TARGETS:
+    for name in target.TARGETS | target.CUDA_TARGETS:
         assert name in output
 
 
@@ -366,13 +366,14 @@ def test_python_m_opferry_is_quiet_on_stderr(path, tmp_path):
     assert json.loads(done.stdout)["ok"] is True
 
 
-def test_a_cuda_target_without_a_gpu_is_one_line(path, tmp_path):
+def test_an_unknown_gpu_is_one_line(path, tmp_path):
     done = process(
         *(sys.executable, "-m", "opferry", "compile", str(path), "-o", str(tmp_path / "out")),
-        *("--target", '{"kind": "cuda"}'),
+        *("--target", '{"kind": "cuda", "arch": "sm_60"}'),
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("Error: target: found kind 'cuda', allowed llvm")
+    assert done.stderr.startswith("Error: target: found CUDA architecture 'sm_60', allowed sm_75")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_number_of_threads_in_the_environment_is_the_users(module, x, tmp_path):

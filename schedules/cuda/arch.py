@@ -1,0 +1,87 @@
+"""What NVIDIA GPUs have and can do, by architecture. The numbers are those of the CUDA C++
+Programming Guide, "Compute Capabilities", the instructions those of the PTX ISA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.target import Target
+
+WARP = 32
+"""Threads of a warp."""
+BLOCK_THREADS = 1024
+"""The most threads of a block."""
+THREAD_REGISTERS = 255
+"""The most 32-bit registers of a thread."""
+STATIC_SHARED_BYTES = 48 * 1024
+"""Shared memory that a block has without asking for more."""
+GRID_YZ = 65535
+"""The most blocks of a grid along y or z; along x there are 2^31 - 1."""
+
+Shape = tuple[int, int, int]
+"""(m, n, k) of one matrix instruction of a warp."""
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One architecture. Sizes of shared memory are bytes, registers have 32 bits."""
+
+    name: str
+    capability: tuple[int, int]
+    shared_per_block: int
+    """Dynamic shared memory that a block can ask for."""
+    shared_per_sm: int
+    """For all blocks of a multiprocessor; each takes 1 KiB of it for itself from sm_80 on."""
+    threads_per_sm: int
+    blocks_per_sm: int
+    mma_int8: Shape
+    """The largest ``mma.sync`` of s8 operands; s32 accumulators."""
+    mma_float16: Shape
+    """The largest ``mma.sync`` of f16 operands with f32 accumulators."""
+    mma_bfloat16: Shape | None
+    """The same of bf16 operands."""
+    cp_async: bool
+    """Copies from global to shared memory that bypass registers, in groups."""
+    bulk_copy: bool = False
+    """Tensor copies by the copy engine, completing on barriers in shared memory."""
+    wgmma: bool = False
+    """Matrix instructions of four warps, in code for this very architecture (``sm_90a``)."""
+    registers_per_sm: int = 64 * 1024
+
+
+def _kib(count: int) -> int:
+    return count * 1024
+
+
+_AMPERE = {
+    "mma_int8": (16, 8, 32),
+    "mma_float16": (16, 8, 16),
+    "mma_bfloat16": (16, 8, 16),
+    "cp_async": True,
+}
+
+ARCHS: dict[str, Arch] = {
+    arch.name: arch
+    for arch in (
+        Arch("sm_75", (7, 5), _kib(64), _kib(64), 1024, 16, (8, 8, 16), (16, 8, 8), None, False),
+        Arch("sm_80", (8, 0), _kib(163), _kib(164), 2048, 32, **_AMPERE),
+        Arch("sm_86", (8, 6), _kib(99), _kib(100), 1536, 16, **_AMPERE),
+        Arch("sm_89", (8, 9), _kib(99), _kib(100), 1536, 24, **_AMPERE),
+        Arch(
+            *("sm_90", (9, 0), _kib(227), _kib(228), 2048, 32),
+            **_AMPERE,
+            bulk_copy=True,
+            wgmma=True,
+        ),
+    )
+}
+"""Architecture -> its record, oldest first: what opferry compiles for."""
+
+DEFAULT = "sm_80"
+"""What ``"cuda"`` means on a machine without a GPU."""
+
+
+def of(target: Target) -> Arch:
+    """The record of a resolved CUDA target."""
+    return ARCHS[str(target.attrs["arch"])]

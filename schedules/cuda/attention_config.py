@@ -1,0 +1,185 @@
+"""How a block of the fused attention kernel is cut, by architecture and problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...runtime.errors import UnsupportedError
+from .arch import WARP, Arch
+
+if TYPE_CHECKING:
+    from ...relay_ops.speed_fusion_attention import AttentionProblem
+
+_DEPTH = 128
+"""The most elements of D in a tile of the ring."""
+_FEW_ROWS = 16
+"""One fragment of rows: up to here a block is one warp and the keys may be divided."""
+_SPLIT_BLOCKS = 528
+"""Blocks that fill a large GPU: four on each of 132 multiprocessors."""
+_SPLIT_KEYS = 256
+"""Each block of a divided sequence has at least so many keys."""
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Tiles of a block. D is cut into ``steps`` parts of ``depth``, the last one padded with zeros;
+    a block computes ``value_steps`` of these parts of the output.
+    """
+
+    tensor_cores: bool
+    warps: int
+    row_tiles: int
+    """16-row fragments of a warp."""
+    keys: int
+    depth: int
+    steps: int
+    value_steps: int
+    slices: int
+    """Blocks that share the rows of a tile and divide the columns of the output."""
+    slots: int
+    """Tiles of the ring, ``keys x depth`` each: 2 or 4."""
+    item_bytes: int
+    """Of an element in shared memory."""
+    piece: int
+    """Elements that one copy moves."""
+    asynchronous: bool
+    """Copies to shared memory bypass the registers."""
+    queries_in_registers: bool
+    heads: int = 1
+    """Query heads whose rows share a tile: a divisor of N1 / N2."""
+    split_blocks: int = 0
+    """Divide the keys until there are so many blocks; 0: never."""
+    split_keys: int = _SPLIT_KEYS
+
+    @property
+    def threads(self) -> int:
+        return self.warps * WARP
+
+    @property
+    def warp_rows(self) -> int:
+        return 16 * self.row_tiles
+
+    @property
+    def rows(self) -> int:
+        return self.warps * self.warp_rows
+
+    @property
+    def width(self) -> int:
+        """Columns of the output that a block computes."""
+        return self.value_steps * self.depth
+
+    @property
+    def query_elements(self) -> int:
+        return self.rows * self.steps * self.depth
+
+    @property
+    def slot_elements(self) -> int:
+        return self.keys * self.depth
+
+    @property
+    def weight_elements(self) -> int:
+        """Weights pass through shared memory where no fragment takes them."""
+        return 0 if self.tensor_cores else self.rows * self.keys
+
+    @property
+    def shared_elements(self) -> int:
+        return self.query_elements + self.slots * self.slot_elements + self.weight_elements
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.shared_elements * self.item_bytes
+
+
+def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
+    """The largest tile of rows that is needed and fits; then the most keys, then the deepest ring,
+    with which two blocks share a multiprocessor, or else that one block can have.
+
+    128 rows in four warps halve the traffic from shared memory against 64; with D above 128 their
+    accumulators would exceed the registers.
+    """
+    matrix = {"float16": arch.mma_float16, "bfloat16": arch.mma_bfloat16, "float32": None}
+    tensor_cores = matrix[problem.dtype] is not None
+    item = 2 if tensor_cores else 4
+    padded = _up(problem.D, 16)
+    steps = -(-padded // _DEPTH)
+    depth = _up(-(-padded // steps), 16)
+    wants_output = "attention_out" in problem.outputs
+    slices = -(-steps // 2) if wants_output else 1
+    value_steps = -(-steps // slices) if wants_output else 0
+    heads, rows = _rows(problem)
+    piece, whole = _piece(problem, item)
+    for warps, row_tiles in ((4, 2), (4, 1), (2, 1), (1, 1)):
+        held = warps * row_tiles * 16
+        if (row_tiles == 2 and steps > 1) or (held > _FEW_ROWS and held >= 2 * rows):
+            continue
+        options = [
+            AttentionConfig(
+                tensor_cores=tensor_cores,
+                warps=warps,
+                row_tiles=row_tiles,
+                keys=keys,
+                depth=depth,
+                steps=steps,
+                value_steps=value_steps,
+                slices=slices,
+                slots=slots,
+                item_bytes=item,
+                piece=piece,
+                asynchronous=whole and arch.cp_async,
+                queries_in_registers=tensor_cores and steps * depth * row_tiles <= 128,
+                heads=heads,
+                split_blocks=_SPLIT_BLOCKS if rows <= _FEW_ROWS else 0,
+            )
+            for keys in _key_tiles(tensor_cores, arch, value_steps * depth * row_tiles)
+            for slots in ((4, 2) if whole and arch.cp_async else (2,))
+        ]
+        shared = [c for c in options if c.keys >= 32 and _two_share(c, arch)]
+        alone = [c for c in options if c.slots == 2 and c.shared_bytes <= arch.shared_per_block]
+        if found := shared or alone:
+            return found[0]
+    raise UnsupportedError(
+        f"{problem.label}: found D = {problem.D} in {problem.dtype}, allowed what "
+        f"{arch.shared_per_block} bytes of shared memory hold on {arch.name}"
+    )
+
+
+def _key_tiles(tensor_cores: bool, arch: Arch, columns: int) -> tuple[int, ...]:
+    """Keys of a tile, best first. More than 128 ``columns`` of output in the fragments of a warp
+    leave fewer registers for scores; copies by way of registers need some, too.
+    """
+    if not tensor_cores:
+        return (32, 16, 8)
+    if columns <= 128:
+        return (64, 32, 16)
+    return (48, 32, 16) if arch.cp_async else (32, 16)
+
+
+def _two_share(config: AttentionConfig, arch: Arch) -> bool:
+    """Two blocks fit into a multiprocessor: one multiplies while the other one takes weights."""
+    own = 1024 if arch.cp_async else 0  # what a block takes for itself came with sm_80, too
+    return 2 * (config.shared_bytes + own) <= arch.shared_per_sm
+
+
+def _rows(problem: AttentionProblem) -> tuple[int, int]:
+    """Heads that share a tile, and the rows it would need to hold all of them."""
+    if problem.layout == "TND" or not isinstance(problem.S1, int):
+        return 1, 1 << 20
+    group = problem.N1 // problem.N2
+    heads = [h for h in range(1, group + 1) if group % h == 0 and h * problem.S1 <= _FEW_ROWS]
+    shared = max(heads, default=1)
+    return shared, shared * problem.S1
+
+
+def _piece(problem: AttentionProblem, item: int) -> tuple[int, bool]:
+    """Elements of a copy, and whether the copy engine of the load path can do it: rows begin at
+    multiples of D.
+    """
+    source = _ITEM_BYTES[problem.dtype]
+    piece = max(p for p in (1, 2, 4, 8) if problem.D % p == 0 and p * item <= 16)
+    return piece, source == item and piece * item >= 4
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit

@@ -1,0 +1,417 @@
+"""The int8 matrix product on tensor cores: one PrimFunc, the epilogue fused.
+
+    for tile in blocks(batch x column tiles x row tiles):       block_m x block_n
+        for step of block_k bytes in K:                         `stages` deep, cp.async
+            A, B from global to shared memory                   rows of block_k bytes, swizzled
+            fragments by ldmatrix, products by mma              int32 accumulators in registers
+        epilogue on the accumulators, in registers
+        through shared memory to whole rows of the output       16 bytes a thread
+
+Both operands are rows of consecutive k: A as M x K, wherever `Problem.a_entry` says that an element
+lies, so that the tiled memory orders cost index arithmetic only; B as N x K. Rows and k beyond the
+end are filled with zeros by the copy itself.
+
+With few rows the warps of a block split K instead of the tile (``warps_k``): the weights stream
+through all of them, and integer partial sums meet in shared memory, in any order the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from math import gcd
+from typing import TYPE_CHECKING
+
+from tvm import DataType, tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.target import Target
+from tvm.tirx import PrimFunc
+from tvm.tirx.script.builder import ir as T
+from tvm_ffi import structural_map
+
+from ..intrin import cuda as ptx
+from ..intrin.cuda import CHUNK_BYTES as CHUNK
+from . import arch as archs
+from .arch import WARP, Arch
+
+if TYPE_CHECKING:
+    from ...relay_ops.int8_matmul import Problem
+
+Dim = int | Expr
+
+LOCALITY = 8
+"""Row tiles that follow one another before the column tile advances: what they read is shared in
+the second-level cache.
+"""
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile of a block, in rows, columns and bytes of K, and how its warps divide it."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps_m: int
+    warps_n: int
+    warps_k: int = 1
+    stages: int = 4
+
+    @property
+    def threads(self) -> int:
+        return self.warps_m * self.warps_n * self.warps_k * WARP
+
+    @property
+    def warp_m(self) -> int:
+        return self.block_m // self.warps_m
+
+    @property
+    def warp_n(self) -> int:
+        return self.block_n // self.warps_n
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.block_m + self.block_n) * self.block_k
+
+    def shared_bytes(self, item: int) -> int:
+        """Of the stages, or of what the epilogue puts in their place."""
+        if self.warps_k > 1:
+            after = self.warps_k * self.block_m * self.block_n * 4
+        else:
+            after = self.warps_m * self.warps_n * 16 * (self.warp_n * item + CHUNK)
+        return max(self.stages * self.stage_bytes, after)
+
+
+def build(problem: Problem, target: Target) -> PrimFunc:
+    """The kernel ``int8_matmul``: buffers a, b, the operands and y."""
+    arch = archs.of(target)
+    return _Kernel(problem, configure(problem, arch), arch).build()
+
+
+def configure(problem: Problem, arch: Arch) -> GemmConfig:
+    """Few rows: warps split K, so that narrow tiles still give every multiprocessor a block."""
+    stages = 4 if arch.cp_async else 2
+    if isinstance(problem.m, int) and problem.m <= 16:
+        return GemmConfig(16, 32, 256, 1, 1, warps_k=8, stages=min(stages + 2, 6))
+    return GemmConfig(128, 128, 64, 2, 4, stages=stages)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """An operand as the copies see it: ``rows`` rows of ``k`` bytes."""
+
+    entry: Callable[[Expr, Expr], Expr]
+    """``entry(row, k)``: the element, for both inside."""
+    rows: Dim
+    k: int
+    run: int
+    """Bytes of a row that lie one after the other and aligned, from every multiple of it on: a
+    power of two, at most 16.
+    """
+
+
+class _Kernel:
+    """Emits the body; one object per PrimFunc under construction."""
+
+    def __init__(self, problem: Problem, config: GemmConfig, arch: Arch):
+        self.p, self.c, self.arch = problem, config, arch
+        self.item = DataType(problem.y.dtype).bits // 8
+
+    def build(self) -> PrimFunc:
+        p, c = self.p, self.c
+        with IRBuilder() as builder, T.prim_func(s_tir=True):
+            T.func_name("int8_gemm")
+            T.func_attr({"tirx.noalias": True})
+            types = {"a": p.a, "b": p.b}
+            types |= {f"operand{i}": type_ for i, type_ in enumerate(p.operands)}
+            types["y"] = p.y
+            self.a, self.b, *self.operands, self.y = (
+                T.arg(name, T.buffer([*type_.shape], str(type_.dtype)))
+                for name, type_ in types.items()
+            )
+            tiles_m, tiles_n = _tiles(p.m, c.block_m), _tiles(p.n, c.block_n)
+            with (
+                T.thread_binding(p.batch * tiles_m * tiles_n, thread="blockIdx.x") as block,
+                T.thread_binding(c.threads, thread="threadIdx.x") as thread,
+                T.sblock("root"),
+            ):
+                T.reads([])
+                T.writes([])
+                self._body(block, thread, tiles_m, tiles_n)
+        return builder.get()
+
+    def _body(self, block: Expr, thread: Expr, tiles_m: Expr, tiles_n: Expr) -> None:
+        p, c = self.p, self.c
+        self.shared = T.alloc_buffer((c.shared_bytes(self.item),), "int8", scope="shared.dyn")
+        fragments = c.warp_m // 16 * (c.warp_n // 8)
+        self.acc = T.alloc_buffer((fragments * 4,), "uint32", scope="local")
+        self.fa = T.alloc_buffer((c.warp_m // 16 * 4,), "uint32", scope="local")
+        self.fb = T.alloc_buffer((c.warp_n // 8 * 2,), "uint32", scope="local")
+        self.thread = thread
+        self.lane = T.Bind(thread % WARP)
+        warp = T.Bind(thread // WARP)
+        self.warp = warp
+        self.warp_k = warp // (c.warps_m * c.warps_n)
+        self.row = warp // c.warps_n % c.warps_m * c.warp_m
+        self.col = warp % c.warps_n * c.warp_n
+
+        z, tile_m, tile_n = _raster(block, tiles_m, tiles_n)
+        self.z = T.Bind(z)
+        self.rows_a = _Rows(
+            lambda row, k: p.a_entry(self.a, p.a_batch(self.z), row, k),
+            *(p.m, p.k, gcd(p.a_run, CHUNK)),
+        )
+        self.rows_b = _Rows(
+            lambda row, k: self.b[p.b_batch(self.z), row, k],
+            *(p.n, int(p.b.shape[-1]), CHUNK),
+        )
+        self.first_row = T.Bind(tile_m * c.block_m)
+        self.first_col = T.Bind(tile_n * c.block_n)
+        for i in range(fragments * 4):
+            T.buffer_store(self.acc, tirx.const(0, "uint32"), [i])
+        steps = _tiles(p.k, c.block_k)
+        ahead = c.stages - 1
+        for stage in range(ahead):
+            self._load(stage, tirx.const(stage, "int64"))
+        with T.serial(0, steps) as step:
+            if self.arch.cp_async:
+                ptx.wait_copies(ahead - 1)
+            self._sync()
+            self._load((step + ahead) % c.stages, step + ahead)
+            self._multiply(step % c.stages)
+        if self.arch.cp_async:
+            ptx.wait_copies(0)
+        self._sync()
+        if c.warps_k > 1:
+            self._reduce_and_store()
+        elif int(p.y.shape[-1]) * self.item % CHUNK == 0:
+            self._store_rows()
+        else:
+            self._store_elements()
+
+    # Main loop.
+
+    def _load(self, stage: Expr | int, step: Expr) -> None:
+        """Step ``step`` of A and B into ``stage``; zeros beyond the end of K."""
+        c, base = self.c, stage * self.c.stage_bytes
+        self._load_rows(self.rows_a, self.first_row, c.block_m, base, step)
+        base_b = base + c.block_m * c.block_k
+        self._load_rows(self.rows_b, self.first_col, c.block_n, base_b, step)
+        if self.arch.cp_async:
+            ptx.commit_copies()
+
+    def _load_rows(self, source: _Rows, first: Expr, rows: int, base: Expr, step: Expr) -> None:
+        """A tile of ``rows`` rows from ``first`` on, to ``base``: each thread some pieces of it."""
+        c = self.c
+        size = max(source.run, 4)
+        per_row = c.block_k // size
+        count = rows * per_row
+        for i in range(-(-count // c.threads)):
+            index = self.thread + i * c.threads
+            with _guard(index < count, (i + 1) * c.threads > count):
+                row, byte = index // per_row, index % per_row * size
+                chunk = ptx.swizzle(row, byte // CHUNK, c.block_k // CHUNK)
+                target = base + row * c.block_k + chunk * CHUNK + byte % CHUNK
+                target = T.address_of(self.shared[target])
+                self._copy(target, source, first + row, step * c.block_k + byte, size)
+
+    def _copy(self, target: Expr, source: _Rows, row: Expr, k: Expr, size: int) -> None:
+        """``size`` bytes of a row, zeros beyond its end."""
+        inside = tirx.all(row < source.rows, k < source.k)
+        row = tirx.min(row, source.rows - 1)
+        if source.run < 4:
+            word = tirx.const(0, "uint32")
+            for i in range(4):
+                byte = source.entry(row, tirx.min(k + i, source.k - 1))
+                byte = byte.astype("uint8").astype("uint32") << tirx.const(8 * i, "uint32")
+                valid = tirx.all(inside, k + i < source.k)
+                word = word | tirx.if_then_else(valid, byte, tirx.const(0, "uint32"))
+            T.evaluate(T.ptx["st.shared.b32"](target, word))
+            return
+        address = T.address_of(source.entry(row, tirx.min(k, source.k - size)))
+        if self.arch.cp_async:
+            ptx.copy_async(target, address, size, inside)
+            return
+        words = size // 4
+        held = T.alloc_buffer((words,), "uint32", scope="local")
+        registers = [held[i] for i in range(words)]
+        for i in range(words):
+            T.buffer_store(held, tirx.const(0, "uint32"), [i])
+        vector = f".v{words}" if words > 1 else ""
+        with T.If(inside), T.Then():
+            T.evaluate(T.ptx[f"ld.global{vector}.b32"](*registers, address))
+        T.evaluate(T.ptx[f"st.shared{vector}.b32"](target, *registers))
+
+    def _multiply(self, stage: Expr) -> None:
+        """The products of one stage; warps that split K take every ``warps_k``-th 32 bytes."""
+        c = self.c
+        base_a = stage * c.stage_bytes
+        base_b = base_a + c.block_m * c.block_k
+        for k in range(c.block_k // 32 // c.warps_k):
+            chunk = (k * c.warps_k + self.warp_k) * 2
+            for i in range(c.warp_m // 16):
+                row, part = ptx.a_chunk(self.lane)
+                address = self._chunk(base_a, self.row + i * 16 + row, chunk + part)
+                ptx.ldmatrix([self.fa[i * 4 + r] for r in range(4)], address)
+            for j in range(c.warp_n // 16):
+                row, part = ptx.b_chunk(self.lane)
+                address = self._chunk(base_b, self.col + j * 16 + row, chunk + part)
+                ptx.ldmatrix([self.fb[j * 4 + r] for r in range(4)], address)
+            for i in range(c.warp_m // 16):
+                for j in range(c.warp_n // 8):
+                    a = [self.fa[i * 4 + r] for r in range(4)]
+                    b = [self.fb[j * 2 + r] for r in range(2)]
+                    ptx.mma_s8(self.arch.mma_int8[-1], self._fragment(i, j), a, b)
+
+    def _chunk(self, base: Expr, row: Expr, chunk: Expr) -> Expr:
+        """Address of 16 bytes of a tile in shared memory."""
+        width = self.c.block_k
+        return T.address_of(
+            self.shared[base + row * width + ptx.swizzle(row, chunk, width // CHUNK) * CHUNK]
+        )
+
+    def _fragment(self, i: int, j: int) -> list[Expr]:
+        start = (i * (self.c.warp_n // 8) + j) * 4
+        return [self.acc[start + r] for r in range(4)]
+
+    def _sync(self) -> None:
+        T.evaluate(T.cuda.cta_sync())
+
+    # Epilogue.
+
+    def _value(self, acc: Expr, row: Expr, col: Expr) -> Expr:
+        """The output element at (row, col), which may lie beyond the end."""
+        p = self.p
+        row, col = tirx.min(row, p.m - 1), tirx.min(col, p.n - 1)
+        acc = tirx.reinterpret("int32", acc)
+        return rounded_apart(p.epilogue(acc, p.at(self.z, row, col), *self.operands))
+
+    def _store_rows(self) -> None:
+        """Sixteen rows of a warp at a time: registers, shared memory, 16-byte stores."""
+        p, c, item = self.p, self.c, self.item
+        pitch = c.warp_n * item + CHUNK
+        base = self.warp * (16 * pitch)
+        per_row = c.warp_n * item // CHUNK
+        held = T.alloc_buffer((4,), "uint32", scope="local")
+        registers = [held[r] for r in range(4)]
+        for i in range(c.warp_m // 16):
+            first_row = self.first_row + self.row + i * 16
+            first_col = self.first_col + self.col
+            for j in range(c.warp_n // 8):
+                fragment = self._fragment(i, j)
+                for top in range(2):
+                    row, col = self.lane // 4 + top * 8, j * 8 + self.lane % 4 * 2
+                    pair = [
+                        self._value(fragment[top * 2 + e], first_row + row, first_col + col + e)
+                        for e in range(2)
+                    ]
+                    self._put_pair(base + row * pitch + col * item, pair)
+            T.evaluate(T.cuda.warp_sync())
+            count = 16 * per_row
+            for v in range(-(-count // WARP)):
+                index = self.lane + v * WARP
+                row, piece = index // per_row, index % per_row
+                m, n = first_row + row, first_col + piece * (CHUNK // item)
+                with T.If(tirx.all(m < p.m, n < p.n, index < count)), T.Then():
+                    source = self.shared[base + row * pitch + piece * CHUNK]
+                    T.evaluate(T.ptx["ld.shared.v4.b32"](*registers, T.address_of(source)))
+                    target = T.address_of(self.y[tuple(p.y_index(self.z, m, n))])
+                    T.evaluate(T.ptx["st.global.v4.b32"](target, *registers))
+            T.evaluate(T.cuda.warp_sync())
+
+    def _put_pair(self, offset: Expr, pair: list[Expr]) -> None:
+        item = self.item
+        address = T.address_of(self.shared[offset])
+        bits = [T.Bind(tirx.reinterpret(f"uint{8 * item}", value)) for value in pair]
+        if item == 4:
+            T.evaluate(T.ptx["st.shared.v2.b32"](address, *bits))
+            return
+        word = "uint16" if item == 1 else "uint32"
+        low, high = (value.astype(word) for value in bits)
+        both = low | (high << tirx.const(8 * item, word))
+        T.evaluate(T.ptx[f"st.shared.b{16 * item}"](address, both))
+
+    def _store_elements(self) -> None:
+        """Where rows of the output are not aligned to 16 bytes."""
+        for i in range(self.c.warp_m // 16):
+            for j in range(self.c.warp_n // 8):
+                for r, acc in enumerate(self._fragment(i, j)):
+                    row = self.first_row + self.row + i * 16 + self.lane // 4 + r // 2 * 8
+                    col = self.first_col + self.col + j * 8 + self.lane % 4 * 2 + r % 2
+                    self._store(acc, row, col)
+
+    def _store(self, acc: Expr, row: Expr, col: Expr) -> None:
+        p = self.p
+        with T.If(tirx.all(row < p.m, col < p.n)), T.Then():
+            T.buffer_store(self.y, self._value(acc, row, col), p.y_index(self.z, row, col))
+
+    def _reduce_and_store(self) -> None:
+        """Partial sums of the warps that split K meet in shared memory, one tile a warp."""
+        c = self.c
+        tile = c.block_m * c.block_n
+        base = self.warp_k * (tile * 4)
+        for i in range(c.warp_m // 16):
+            for j in range(c.warp_n // 8):
+                fragment = self._fragment(i, j)
+                for top in range(2):
+                    row = self.row + i * 16 + self.lane // 4 + top * 8
+                    col = self.col + j * 8 + self.lane % 4 * 2
+                    address = T.address_of(self.shared[base + (row * c.block_n + col) * 4])
+                    pair = fragment[top * 2 : top * 2 + 2]
+                    T.evaluate(T.ptx["st.shared.v2.b32"](address, *pair))
+        self._sync()
+        part = T.alloc_buffer((1,), "uint32", scope="local")
+        total = T.alloc_buffer((1,), "uint32", scope="local")
+        for v in range(-(-tile // c.threads)):
+            index = T.Bind(self.thread + v * c.threads)
+            T.buffer_store(total, tirx.const(0, "uint32"), [0])
+            for w in range(c.warps_k):
+                inside = tirx.min(index, tile - 1)
+                address = T.address_of(self.shared[(w * tile + inside) * 4])
+                T.evaluate(T.ptx["ld.shared.b32"](part[0], address))
+                T.buffer_store(total, total[0] + part[0], [0])
+            with T.If(index < tile), T.Then():
+                row, col = index // c.block_n, index % c.block_n
+                self._store(total[0], self.first_row + row, self.first_col + col)
+
+
+def rounded_apart(value: Expr) -> Expr:
+    """``value`` with every float32 product rounded by itself: nvcc would contract a product and a
+    sum to one fused operation, and a tie would fall elsewhere than on other targets.
+    """
+
+    def product(node: tirx.Mul) -> Expr:
+        if str(node.ty.dtype) != "float32":
+            return node
+        return tirx.call_pure_extern("float32", "__fmul_rn", node.a, node.b)
+
+    return structural_map(value, (tirx.Mul, product))
+
+
+def _raster(block: Expr, tiles_m: Expr, tiles_n: Expr) -> tuple[Expr, Expr, Expr]:
+    """(z, row tile, column tile): bands of `LOCALITY` row tiles, columns by columns inside."""
+    per_matrix = tiles_m * tiles_n
+    z, rest = block // per_matrix, block % per_matrix
+    band = rest // (LOCALITY * tiles_n)
+    height = tirx.min(tiles_m - band * LOCALITY, LOCALITY)
+    inside = rest - band * (LOCALITY * tiles_n)
+    return z, band * LOCALITY + inside % height, inside // height
+
+
+def _guard(condition: Expr, needed: bool) -> AbstractContextManager:
+    if not needed:
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(T.If(condition))
+    stack.enter_context(T.Then())
+    return stack
+
+
+def _tiles(size: Dim, tile: int) -> Expr:
+    return _int64((size + (tile - 1)) // tile)
+
+
+def _int64(value: Dim) -> Expr:
+    return tirx.const(value, "int64") if isinstance(value, int) else value
