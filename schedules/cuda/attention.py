@@ -37,6 +37,7 @@ from .attention_combine import combine
 from .attention_config import AttentionConfig, configure
 from .attention_packed import find_tile
 from .attention_place import Place, named
+from .override import overridden
 
 if TYPE_CHECKING:
     from ...relay_ops.speed_fusion_attention import AttentionProblem
@@ -47,7 +48,7 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
     them.
     """
     arch = architectures.of(target)
-    config = configure(problem, arch)
+    config = overridden(configure(problem, arch))
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("speed_fusion_attention")
         T.func_attr({"tirx.noalias": True})

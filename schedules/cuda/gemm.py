@@ -35,6 +35,7 @@ from ..intrin import cuda as ptx
 from ..intrin.cuda import CHUNK_BYTES as CHUNK
 from . import arch as archs
 from .arch import WARP, Arch
+from .override import overridden
 
 if TYPE_CHECKING:
     from ...relay_ops.int8_matmul import Problem
@@ -87,7 +88,7 @@ class GemmConfig:
 def build(problem: Problem, target: Target) -> PrimFunc:
     """The kernel ``int8_matmul``: buffers a, b, the operands and y."""
     arch = archs.of(target)
-    return _Kernel(problem, configure(problem, arch), arch).build()
+    return _Kernel(problem, overridden(configure(problem, arch)), arch).build()
 
 
 def configure(problem: Problem, arch: Arch) -> GemmConfig:
