@@ -26,6 +26,7 @@ from . import target as targets
 from .fuse_rows import FuseRows
 from .inline_scalars import InlineScalars
 from .stack import code_generation
+from .views import ViewOutputs
 
 Progress = Callable[[str], None]
 """Told the name of each step before it starts."""
@@ -123,13 +124,14 @@ def pipeline(target: Target, dump_ir: str | os.PathLike[str] | None = None) -> P
             FuseRows(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
+            relax.transform.RewriteDataflowReshape(),
+            ViewOutputs(),
             relax.transform.DeadCodeElimination(["main"]),
             dump("graph"),
             # 2. Kernels: ours by name, the rest by generic rules.
             ApplySchedules(target),
             dump("schedule"),
             # 3. Memory and calls.
-            relax.transform.RewriteDataflowReshape(),
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
