@@ -28,6 +28,7 @@ from . import target as targets
 from .fuse_rows import FuseRows
 from .inline_scalars import InlineScalars
 from .stack import code_generation
+from .views import ViewOutputs
 
 Progress = Callable[[str], None]
 """Told the name of each step before it starts."""
@@ -138,6 +139,7 @@ def pipeline(target: Target, dump_ir: str | os.PathLike[str] | None = None) -> P
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
             relax.transform.RewriteDataflowReshape(),
+            ViewOutputs(),
             relax.transform.DeadCodeElimination(["main"]),
             dump("graph"),
             # 2. Kernels: ours by name, the rest by generic rules.

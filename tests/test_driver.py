@@ -121,6 +121,21 @@ def test_a_result_does_not_change_with_the_next_call(module):
     np.testing.assert_array_equal(first, 2 * X)
 
 
+@pytest.mark.parametrize("outputs", ["y", "y, float[9] z, float[9] u"])
+def test_reshaped_results_are_not_copied_in_the_graph(outputs, tmp_path):
+    text = f"""g (float[3,3] x) => (float[9] {outputs}) <int64[1] s = {{9}}> {{
+        a = MatMul(x, x) b = MatMul(a, x) c = MatMul(b, x)
+        y = Reshape(a, s) z = Reshape(c, s) u = Reshape(x, s) }}"""
+    module = opferry.compile(model(text), dump_ir=tmp_path)
+    assert "T_reshape" not in (tmp_path / "lower.py").read_text()
+    x = np.arange(9, dtype=np.float32).reshape(3, 3) - 4
+    found = module.run({"x": x})
+    assert not any(np.shares_memory(value, x) for value in found.values())
+    expected = {"y": x @ x, "z": x @ x @ x @ x, "u": x}
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, expected[name].ravel())
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -1,5 +1,6 @@
 """SpeedFusionAttention, compiled, against its specification's numbers and the NumPy reference."""
 
+import re
 import resource
 import subprocess
 import sys
@@ -266,6 +267,41 @@ def test_decode_in_parts_of_any_batch_and_length():
     for B, S2 in ((1, 3), (3, 900), (2, 5000)):
         feeds = qkv(B=B, N1=1, N2=1, S1=1, S2=S2, D=16)
         judge(run(module, feeds), feeds, attrs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "product"), [(F32, "vfmadd231ps"), (BF16, "vdpbf16ps")], ids=["float32", "bfloat16"]
+)
+def test_products_keep_their_sums_in_registers(dtype, product):
+    """Loops of at least 16 multiply-adds of 512 bits, on the bfloat16 CPU; none touches the stack
+    with a vector.
+    """
+    target = {"kind": "llvm", "mcpu": "znver5"}
+    feeds = qkv(S1=128, S2=256, D=64, dtype=dtype)
+    module = build(feeds, target=target, head_num=2, input_layout="BNSD", scale=0.125)
+    texts = [m.inspect_source("asm") for m in module._executable().imports if m.kind == "llvm"]
+    blocks = re.split(r"\n(?=\.\w+:)", "\n".join(texts))
+    loops = [b for b in blocks if len(re.findall(rf"\t{product}\t.*%zmm", b)) >= 16]
+    assert len(loops) >= 2  # scores, values
+    for loop in loops:
+        jump = re.search(rf"\n\tj\w+\t{re.escape(loop.split(':')[0])}\n", loop)
+        if jump:
+            assert not re.search(r"%rsp.*mm|mm.*%rsp", loop[: jump.start()])
+
+
+@pytest.mark.parametrize("S2", [1, 31, 32, 33, 95, 160])
+def test_masks_of_any_width(S2):
+    feeds = qkv(S1=40, S2=S2, D=16) | {"atten_mask": random_mask(40, S2, dtype=np.uint8)}
+    check(feeds, head_num=2, input_layout="BNSD", scale=0.25, sparse_mode=1)
+
+
+@pytest.mark.parametrize("target", ["x86-64", "llvm"])
+@pytest.mark.parametrize("S2", [32, 62])
+def test_masks_that_drop_the_largest_score_at_the_end(S2, target):
+    """Register tiles of 6 keys end behind the 32 or 64 keys of the mask's words."""
+    feeds = qkv(S1=40, S2=S2, D=16) | {"atten_mask": random_mask(40, S2)}
+    feeds["query"][:], feeds["key"][:, :, -1], feeds["atten_mask"][:, -1] = 1, 3, True
+    check(feeds, target=target, head_num=2, input_layout="BNSD", scale=0.25, sparse_mode=1)
 
 
 def test_scores_beyond_float16():

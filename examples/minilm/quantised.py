@@ -93,7 +93,7 @@ class _Encoder:
                 name=attended,
             )
         )
-        attended = self.quantise(self.rows(self.float32(attended)))
+        attended = self.quantise(self.float32(self.rows(attended)))
         attended = self.float32(self.linear(attended, f"{name}.attention.output.dense"))
         x = self.layer_norm(self.add("Add", x, attended), f"{name}.attention.output.LayerNorm")
         intermediate = f"{name}.intermediate.dense"

@@ -12,7 +12,8 @@
 
 Query rows lie across vector lanes. So keys and values are read where they are, one element
 broadcast per multiply-add of W rows, whatever their layout and whatever D is; maxima and sums need
-no reduction across lanes; and a mask or bias tile is transposed in registers as it is read.
+no reduction across lanes; a bias tile is transposed in registers as it is read, and of a mask 32
+keys of a row become the bits of a word.
 
 The memory of a thread is O(C * D + R * D), whatever S1 and S2 are.
 
@@ -34,7 +35,7 @@ from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops.attention import Sequence
-from ..intrin import x86_bf16
+from ..intrin import bits, x86_bf16
 from .attention_bf16 import PairTile
 from .attention_row import RowTile
 from .attention_task import opaque
@@ -145,7 +146,8 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
             divide = _packed_tasks if problem.layout == "TND" else _batch_tasks
             pairs = problem.dtype == "bfloat16" and x86_bf16.available(target)
             tile, row_tile = (PairTile if pairs else Tile)(*parts), RowTile(*parts)
-            with T.attr(0, x86_bf16.IMPORT, x86_bf16.SOURCE) if pairs else nullcontext():
+            sources = [x86_bf16.SOURCE] * pairs + [bits.SOURCE] * problem.mask
+            with T.attr(0, x86_bf16.IMPORT, "".join(sources)) if sources else nullcontext():
                 if config.parts > 1:
                     row_tile.allocate_parts(B)
                 with divide(problem, config, buffers, B, S1, S2) as task:

@@ -13,7 +13,7 @@ from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
 from ...relay_ops.attention import Sequence
-from .vector import LN2, LOG2E, VectorUnit, float32, from_float32, to_float32
+from .vector import LN2, LOG2E, VectorUnit, float32, from_float32, load_lanes, to_float32
 
 if TYPE_CHECKING:
     from ...relay_ops.speed_fusion_attention import AttentionProblem
@@ -88,20 +88,29 @@ class Task:
 
     def mask_bit(self, i: Expr, j: Expr) -> Expr:
         """int32, not 0 where atten_mask drops the pair."""
-        p, mask = self.problem, self.buffers["atten_mask"]
-        lead = attention.broadcast_index(
-            len(mask.shape), p.one_batch("atten_mask"), p.one_head("atten_mask"), self.at.b, self.n
-        )
-        return mask[(*lead, i, j)].astype("int32")
+        return self.buffers["atten_mask"][(*self._mask_plane(), i, j)].astype("int32")
+
+    def _mask_plane(self) -> list[attention.Index]:
+        p, rank = self.problem, len(self.buffers["atten_mask"].shape)
+        one_batch, one_head = p.one_batch("atten_mask"), p.one_head("atten_mask")
+        return attention.broadcast_index(rank, one_batch, one_head, self.at.b, self.n)
+
+    def mask_bytes(self, i: Expr, j: Expr, count: int) -> Expr:
+        """atten_mask of row i and the keys j, j + 1, ... as a vector of uint8."""
+        mask = self.buffers["atten_mask"]
+        return load_lanes(mask, [*self._mask_plane(), i, j], count).astype(f"uint8x{count}")
 
     def bias_element(self, i: Expr, j: Expr) -> Expr:
         p, at, pse = self.problem, self.at, self.buffers["pse"]
-        lead = attention.broadcast_index(4, p.one_batch("pse"), False, at.b, self.n)
+        lead = self._bias_plane()
         if p.pse != "packed":
             return to_float32(pse[(*lead, i, j)], self.unit)
         where = attention.packed_bias(p.layout == "TND", at, i, j, _int32(pse.shape[3]))
         value = to_float32(pse[(*lead, where.row, where.column)], self.unit)
         return tir.Select(where.inside, value, float32(0))
+
+    def _bias_plane(self) -> list[attention.Index]:
+        return attention.broadcast_index(4, self.problem.one_batch("pse"), False, self.at.b, self.n)
 
     def slope(self) -> Expr | None:
         if self.problem.pse != "slopes":

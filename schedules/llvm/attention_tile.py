@@ -13,12 +13,12 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
-from .attention_task import Task
+from .attention_cells import CellTask
 from .transpose import transpose_square
-from .vector import exp2_weight, float32, load_lanes, max_lanes, ramp, to_float32
+from .vector import exp2_weight, float32, load_lanes, ramp, to_float32
 
 
-class Tile(Task):
+class Tile(CellTask):
     """Emits the statements of a task, across the lanes."""
 
     def emit(self) -> None:
@@ -46,12 +46,7 @@ class Tile(Task):
         if self.wants_output:
             self.output = T.alloc_buffer((c.groups * p.D, c.width))
         self._allocate_operands()
-        if p.pse in ("rows", "packed"):
-            self.bias_tile = T.alloc_buffer((c.keys, c.width))
-        if self.drops:
-            self.kept = T.alloc_buffer((c.keys + 6, c.width))
-        if p.mask:
-            self.cap_tile = T.alloc_buffer((c.keys, c.width))
+        self._allocate_cells()
 
     def _allocate_operands(self) -> None:
         """What the two products read."""
@@ -222,77 +217,6 @@ class Tile(Task):
                 d = p.D // L * L + tail
                 T.buffer_store(tile, self.kv(name, j0 + j, d), [j, d])
 
-    def _stage_mask(self, r0: Expr, j0: Expr, count: Expr) -> tuple[Expr, Expr]:
-        """cap_tile[j][r] = minus infinity where the mask drops the pair, else infinity.
-
-        Returns whether any pair of the tile is dropped, and whether all are.
-        """
-        L = self.config.lanes
-        extremes = T.alloc_buffer((2, L), scope="local")
-        least, most = (load_lanes(extremes, [k, 0], L) for k in range(2))
-        infinity = tir.Broadcast(float32(float("inf")), L)
-        T.buffer_store(extremes, infinity, [0, ramp(0, L)])
-        T.buffer_store(extremes, -infinity, [1, ramp(0, L)])
-
-        def cap(i: Expr, j: Expr) -> Expr:
-            dropped = self.mask_bit(i, j) != 0
-            return tir.Select(dropped, float32(float("-inf")), float32(float("inf")))
-
-        def note(caps: Expr) -> None:
-            T.buffer_store(extremes, tir.min(least, caps), [0, ramp(0, L)])
-            T.buffer_store(extremes, tir.max(most, caps), [1, ramp(0, L)])
-
-        self._stage_pairs(self.cap_tile, r0, j0, count, cap, note)
-        any_ = max_lanes(-least) > float32(0)
-        return T.Bind(any_), T.Bind(max_lanes(most) < float32(0))
-
-    def _stage_bias(self, r0: Expr, j0: Expr, count: Expr) -> None:
-        """bias_tile[j][r] = pse of the pair as float32."""
-        c, at = self.config, self.at
-        if self.problem.pse == "rows":
-            self._stage_pairs(self.bias_tile, r0, j0, count, self.bias_element)
-            return
-        with T.serial(c.width) as r:
-            i = T.Bind(tir.min(self.i0 + r0 + r, at.S1 - 1))
-            with T.serial(count) as j:
-                T.buffer_store(self.bias_tile, self.bias_element(i, j0 + j), [j, r])
-
-    def _stage_pairs(
-        self,
-        tile: tir.Buffer,
-        r0: Expr,
-        j0: Expr,
-        count: Expr,
-        source: Callable[[Expr, Expr], Expr],
-        note: Callable[[Expr], None] | None = None,
-    ) -> None:
-        """tile[j][r] = source(i, j) of W rows, in square blocks in registers; rows beyond S1 repeat
-        the last. ``note`` sees every register.
-
-        A last partial block is moved back over the one before it; fewer keys than lanes are
-        repeated.
-        """
-        c, at = self.config, self.at
-        L = c.lanes
-        last = count - 1
-        with T.serial((count + (L - 1)) // L) as strip, T.serial(c.vectors) as u:
-            first = T.Bind(tir.max(tir.min(strip * L, count - L), 0))
-            block = T.alloc_buffer((L, L), scope="local")
-            rows = [T.Bind(tir.min(self.i0 + r0 + u * L + r, at.S1 - 1)) for r in range(L)]
-            with T.If(count >= L):
-                with T.Then():
-                    for r, i in enumerate(rows):
-                        with T.vectorized(L) as v:
-                            T.buffer_store(block, source(i, j0 + first + v), [r, v])
-                with T.Else(), T.serial(L) as v:
-                    for r, i in enumerate(rows):
-                        T.buffer_store(block, source(i, j0 + tir.min(v, last)), [r, v])
-            for r in range(L if note else 0):
-                note(load_lanes(block, [r, 0], L))
-            transpose_square(block, L)
-            for k in range(L):
-                T.buffer_store(tile, load_lanes(block, [k, 0], L), [first + k, ramp(u * L, L)])
-
     def _scores(self, group: Expr, r0: Expr, j0: Expr, count: Expr, masked: bool) -> None:
         """scores[j][r] in units of ln 2 and the tile's row maxima, ``unroll`` keys at a time in a
         register tile.
@@ -305,6 +229,7 @@ class Tile(Task):
         with T.serial((count + (c.unroll - 1)) // c.unroll) as step:
             keys = [T.Bind(step * c.unroll + k) for k in range(c.unroll)]
             last = count - 1 if masked else None
+            self._ask_ahead(r0, j0, step)
             acc = T.alloc_buffer((c.unroll, c.width), scope="local")
             for k in range(c.unroll):
                 self._fill(acc, k, lambda r: float32(0))
@@ -366,13 +291,14 @@ class Tile(Task):
         return self.generated_bias(common, i, j) if p.pse == "slopes" else common
 
     def _masked(self, x: Expr, i: Expr, j: Expr, key: Expr, r: Expr) -> Expr:
-        p = self.problem
+        if self.problem.mask:
+            x = tir.Select(self.dropped(key, r), float32(float("-inf")), x)
+            if self.problem.band is None and self.words_end_steps:
+                return x
         seen = self.keys_of(i)
         allowed = j <= seen.last
         if not isinstance(seen.first, int):
             allowed = tir.all(allowed, j >= seen.first)
-        if p.mask:
-            x = tir.min(x, self.cap_tile[key, r])
         return tir.Select(allowed, x, float32(float("-inf")))
 
     def _weights(self, r0: Expr, j0: Expr, count: Expr) -> None:
@@ -419,36 +345,6 @@ class Tile(Task):
             for u in range(c.vectors):
                 value = weight(j, u)
                 T.buffer_store(self.scores, value, [j, ramp(u * c.lanes, c.lanes)])
-
-    def _stage_draws(self, draws: tir.Buffer, r0: Expr, j0: Expr, count: Expr) -> None:
-        """kept[j][r] = 1 where dropout keeps the pair, else 0.
-
-        A draw decides four pairs, from a multiple of four on: first all draws that a row needs go
-        one after the other, then each row moves up by its own phase.
-        """
-        L, kept = self.config.lanes, self.kept
-
-        def each_lane(statement: Callable[[Expr, Expr], None]) -> None:
-            for u in range(self.config.vectors):
-                with T.vectorized(L) as v:
-                    statement(v, u * L + v)
-
-        def draw(v: Expr, r: Expr) -> None:
-            first = self.pair(r0 + r, j0) >> tir.const(2, "int64")
-            for k, keep in enumerate(self.keep_four(draws, v, first + block.astype("int64"))):
-                T.buffer_store(kept, tir.Select(keep, float32(1), float32(0)), [4 * block + k, r])
-
-        def move(v: Expr, r: Expr) -> None:
-            phase = T.Bind((self.pair(r0 + r, j0) & tir.const(3, "int64")).astype("int32"))
-            low = tir.Select(phase == 0, kept[j, r], kept[j + 1, r])
-            high = tir.Select(phase == 2, kept[j + 2, r], kept[j + 3, r])
-            T.buffer_store(kept, tir.Select(phase < 2, low, high), [j, r])
-
-        even = (count + 1) // 2 * 2  # what takes weights in pairs reads one more
-        with T.serial((even + 6) // 4) as block:
-            each_lane(draw)
-        with T.serial(even) as j:
-            each_lane(move)
 
     def _accumulate(self, group: Expr, j0: Expr, count: Expr) -> None:
         """output = output * correction + weights @ values, ``unroll`` elements of D at a time."""
