@@ -35,6 +35,7 @@ from ..intrin import cuda as ptx
 from ..intrin.cuda import CHUNK_BYTES as CHUNK
 from . import arch as archs
 from .arch import WARP, Arch
+from .gemm_config import GemmConfig, configure
 
 if TYPE_CHECKING:
     from ...relay_ops.int8_matmul import Problem
@@ -47,55 +48,10 @@ the second-level cache.
 """
 
 
-@dataclass(frozen=True)
-class GemmConfig:
-    """Tile of a block, in rows, columns and bytes of K, and how its warps divide it."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps_m: int
-    warps_n: int
-    warps_k: int = 1
-    stages: int = 4
-
-    @property
-    def threads(self) -> int:
-        return self.warps_m * self.warps_n * self.warps_k * WARP
-
-    @property
-    def warp_m(self) -> int:
-        return self.block_m // self.warps_m
-
-    @property
-    def warp_n(self) -> int:
-        return self.block_n // self.warps_n
-
-    @property
-    def stage_bytes(self) -> int:
-        return (self.block_m + self.block_n) * self.block_k
-
-    def shared_bytes(self, item: int) -> int:
-        """Of the stages, or of what the epilogue puts in their place."""
-        if self.warps_k > 1:
-            after = self.warps_k * self.block_m * self.block_n * 4
-        else:
-            after = self.warps_m * self.warps_n * 16 * (self.warp_n * item + CHUNK)
-        return max(self.stages * self.stage_bytes, after)
-
-
 def build(problem: Problem, target: Target) -> PrimFunc:
     """The kernel ``int8_matmul``: buffers a, b, the operands and y."""
     arch = archs.of(target)
     return _Kernel(problem, configure(problem, arch), arch).build()
-
-
-def configure(problem: Problem, arch: Arch) -> GemmConfig:
-    """Few rows: warps split K, so that narrow tiles still give every multiprocessor a block."""
-    stages = 4 if arch.cp_async else 2
-    if isinstance(problem.m, int) and problem.m <= 16:
-        return GemmConfig(16, 32, 256, 1, 1, warps_k=8, stages=min(stages + 2, 6))
-    return GemmConfig(128, 128, 64, 2, 4, stages=stages)
 
 
 @dataclass(frozen=True)
@@ -132,14 +88,20 @@ class _Kernel:
                 for name, type_ in types.items()
             )
             tiles_m, tiles_n = _tiles(p.m, c.block_m), _tiles(p.n, c.block_n)
+            blocks = p.batch * tiles_m * tiles_n
+            known = isinstance(p.m, int) and isinstance(p.batch, int)
             with (
-                T.thread_binding(p.batch * tiles_m * tiles_n, thread="blockIdx.x") as block,
+                T.thread_binding(
+                    blocks if known else tirx.max(blocks, 1), thread="blockIdx.x"
+                ) as block,
                 T.thread_binding(c.threads, thread="threadIdx.x") as thread,
                 T.sblock("root"),
             ):
                 T.reads([])
                 T.writes([])
-                self._body(block, thread, tiles_m, tiles_n)
+                # No rows are one block, as an empty grid cannot be launched; it does nothing.
+                with _guard(block < blocks, not known):
+                    self._body(block, thread, tiles_m, tiles_n)
         return builder.get()
 
     def _body(self, block: Expr, thread: Expr, tiles_m: Expr, tiles_n: Expr) -> None:
