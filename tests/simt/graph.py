@@ -8,7 +8,7 @@ import tvm_ffi
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from .launch import run, thread_extents
+from .launch import run
 
 _numbers = itertools.count()
 
@@ -16,13 +16,13 @@ _numbers = itertools.count()
 def executable(module):
     """``main`` of an imported module as a function of NumPy arrays, in the order of its parameters.
 
-    PrimFuncs bound to threads become packed functions that interpret them; TVM compiles everything
-    else for the CPU.
+    Scheduled PrimFuncs become packed functions that interpret them; TVM compiles everything else
+    for the CPU.
     """
     kernels = {
         var: f"simt.graph.{next(_numbers)}"
         for var, func in module.functions_items()
-        if isinstance(func, tvm.tirx.PrimFunc) and thread_extents(func.body)
+        if func.attrs and func.attrs.get("tirx.is_scheduled")
     }
     for var, name in kernels.items():
         tvm_ffi.register_global_func(name, _interpreted(module[var]))
@@ -50,9 +50,9 @@ class _Interpreted(PyExprMutator):
 
     def visit_call_(self, call):
         if call.op == tvm.ir.Op.get("relax.call_tir") and call.args[0] in self.kernels:
-            return relax.call_dps_packed(
-                self.kernels[call.args[0]], call.args[1], out_ty=list(call.ty_args)
-            )
+            (out,) = call.ty_args
+            out = [*out.fields] if isinstance(out, relax.TupleType) else out
+            return relax.call_dps_packed(self.kernels[call.args[0]], call.args[1], out_ty=out)
         return super().visit_call_(call)
 
 
