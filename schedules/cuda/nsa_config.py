@@ -94,13 +94,15 @@ def configure(problem: Problem, arch: Arch) -> NsaConfig:
     most = -(-problem.cmp_skv_limit // problem.blocks_stride)
     listed = min(problem.block_count, most)
     half = arch.shared_per_sm // 2 - _BLOCK_RESERVED
+    everything = _tilings(problem, arch)
+    large = [tiles for tiles in everything if tiles.rows >= 64]
     searches = (
-        (half, (4, 2), _ENOUGH_BLOCKS),
-        (half, (4,), _ENOUGH_BLOCKS),
-        (arch.shared_per_block, (4, 2), _FEWER_BLOCKS),
+        (half, large, _ENOUGH_BLOCKS),
+        (arch.shared_per_block, large, _ENOUGH_BLOCKS),
+        (arch.shared_per_block, everything, _FEWER_BLOCKS),
     )
-    for limit, slots, sizes in searches:
-        for tiles in _tilings(problem, arch, slots):
+    for limit, tilings, sizes in searches:
+        for tiles in tilings:
             for blocks in (*sizes, most) if wants_blocks else (0,):
                 whole = blocks >= most or not wants_blocks
                 config = NsaConfig(tiles, problem.group, min(blocks, most), 0 if whole else listed)
@@ -114,7 +116,7 @@ def configure(problem: Problem, arch: Arch) -> NsaConfig:
     )
 
 
-def _tilings(problem: Problem, arch: Arch, slots: tuple[int, ...]) -> list[AttentionConfig]:
+def _tilings(problem: Problem, arch: Arch) -> list[AttentionConfig]:
     """Tiles of whole query positions, best first."""
     matrix = {"float16": arch.mma_float16, "bfloat16": arch.mma_bfloat16, "float32": None}
     tensor_cores = matrix[problem.dtype] is not None
@@ -133,10 +135,8 @@ def _tilings(problem: Problem, arch: Arch, slots: tuple[int, ...]) -> list[Atten
         wide = value_steps * depth * row_tiles
         if rows % problem.group or (row_tiles == 2 and (wide > _WIDTH or not asynchronous)):
             continue
-        if not tensor_cores:
+        if not tensor_cores or wide > 128:
             key_tiles = (32, 16)
-        elif wide > 128:
-            key_tiles = (48, 32, 16) if arch.cp_async else (32, 16)
         else:
             key_tiles = (64, 32, 16)
         found += [
@@ -156,7 +156,7 @@ def _tilings(problem: Problem, arch: Arch, slots: tuple[int, ...]) -> list[Atten
                 queries_in_registers=tensor_cores and steps * depth * row_tiles <= 128,
             )
             for keys in key_tiles
-            for count in slots
+            for count in (4, 2)
             if asynchronous or count == 2
         ]
     return found
