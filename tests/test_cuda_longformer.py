@@ -25,6 +25,7 @@ from opferry.relay_ops.qordered_longformer_attention import Problem
 from opferry.runtime.errors import UnsupportedError
 from opferry.schedules.cuda import longformer
 from opferry.schedules.cuda.arch import ARCHS, THREAD_REGISTERS
+from opferry.schedules.cuda.longformer_block import shared_bytes
 
 OP = "QOrderedLongformerAttention"
 ROW, COL32, COL4_4R2_8C, COL32_2R_4R4 = 1, 2, 3, 4
@@ -283,7 +284,7 @@ def test_keys_out_of_reach_are_not_computed():
         far[max(first - W, 0) : last + W] = False
         far[300] = False
         mask = np.where(far, np.float16(np.nan), np.float16(0))[None]
-        got = attend(func, feeds | {"mask": mask}, [(1 + tile, 0, 0)])
+        got = attend(func, feeds | {"mask": mask}, [(2 + tile, 0, 0)])
         np.testing.assert_array_equal(
             got[:, first:last],
             np.where(np.arange(first, last)[:, None] == 300, 99, whole[:, first:last]),
@@ -350,5 +351,5 @@ def test_registers_and_spills(arch, kernel, D, order, tmp_path):
 @pytest.mark.parametrize("D", [1, 64, 128, 256])
 def test_every_tile_fits(D, arch):
     config = longformer.configure(problem(2, D, 32), arch)
-    assert longformer.shared_bytes(config) <= arch.shared_per_block
+    assert shared_bytes(config) <= arch.shared_per_block
     assert config.threads * THREAD_REGISTERS <= arch.registers_per_sm

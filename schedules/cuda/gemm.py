@@ -18,7 +18,6 @@ through all of them, and integer partial sums meet in shared memory, in any orde
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING
@@ -36,6 +35,7 @@ from ..intrin.cuda import CHUNK_BYTES as CHUNK
 from . import arch as archs
 from .arch import WARP, Arch
 from .gemm_config import GemmConfig, configure
+from .guard import guard
 
 if TYPE_CHECKING:
     from ...relay_ops.int8_matmul import Problem
@@ -100,7 +100,7 @@ class _Kernel:
                 T.reads([])
                 T.writes([])
                 # No rows are one block, as an empty grid cannot be launched; it does nothing.
-                with _guard(block < blocks, not known):
+                with guard(block < blocks, not known):
                     self._body(block, thread, tiles_m, tiles_n)
         return builder.get()
 
@@ -172,7 +172,7 @@ class _Kernel:
         count = rows * per_row
         for i in range(-(-count // c.threads)):
             index = self.thread + i * c.threads
-            with _guard(index < count, (i + 1) * c.threads > count):
+            with guard(index < count, (i + 1) * c.threads > count):
                 row, byte = index // per_row, index % per_row * size
                 chunk = ptx.swizzle(row, byte // CHUNK, c.block_k // CHUNK)
                 target = base + row * c.block_k + chunk * CHUNK + byte % CHUNK
@@ -360,15 +360,6 @@ def _raster(block: Expr, tiles_m: Expr, tiles_n: Expr) -> tuple[Expr, Expr, Expr
     height = tirx.min(tiles_m - band * LOCALITY, LOCALITY)
     inside = rest - band * (LOCALITY * tiles_n)
     return z, band * LOCALITY + inside % height, inside // height
-
-
-def _guard(condition: Expr, needed: bool) -> AbstractContextManager:
-    if not needed:
-        return nullcontext()
-    stack = ExitStack()
-    stack.enter_context(T.If(condition))
-    stack.enter_context(T.Then())
-    return stack
 
 
 def _tiles(size: Dim, tile: int) -> Expr:

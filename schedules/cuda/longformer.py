@@ -1,6 +1,6 @@
 """Longformer attention on NVIDIA GPUs: int8 projections in, int8 out; work linear in S.
 
-    for tile in blocks(tiles of global tokens, then of positions; of all heads):
+    for tile in blocks(tiles of global tokens and shares of their keys, then tiles of positions):
         queries to shared memory, as float16                    once
         for key tile: the band of the tile's rows, then the global keys outside of it:
             the next tile's int8 from global memory             registers, under way meanwhile
@@ -8,19 +8,20 @@
             maximum, weights, sum                               registers, quads of lanes
             output = output * correction + weights @ values     registers
             the next tile to shared memory, as float16
-        float16, int8, output order
+        float16, int8, output order; of global tokens float32 for each share
+    for row of a global token in blocks:
+        the shares, in their order; float16, int8, output order
 
 Projections are float16 numbers by definition, float16(scale * int8), so that both products are
 those of the tensor cores; scores, softmax and sums are float32. A tile of positions sees its band
 from the local projections, and the global keys there: those in the band with it, the others
-gathered afterwards. A tile of global tokens sees every position from the global projections. Tiles
-of keys that no row of a warp may see are not multiplied by that warp.
+gathered afterwards. A tile of global tokens sees every position from the global projections, which
+takes longer: blocks divide them. Tiles of keys that no row of a warp may see are not multiplied by
+that warp.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import tvm.tirx as tir
@@ -33,10 +34,10 @@ from tvm.tirx.script.builder import ir as T
 from ...runtime.errors import UnsupportedError
 from ..intrin import cuda
 from . import arch as architectures
-from .arch import WARP, Arch
+from .arch import Arch
 from .attention_config import AttentionConfig
-from .attention_place import LOG2E, float32, int32, named
-from .attention_products import TensorCores, chunk_offset
+from .attention_place import float32, named
+from .longformer_block import Block, LongformerPlace, quantised
 from .longformer_tokens import batch_and_sequence, gather_global_rows, global_tokens
 
 if TYPE_CHECKING:
@@ -44,14 +45,11 @@ if TYPE_CHECKING:
 
 __all__ = ["attention", "gather_global_rows", "global_tokens"]
 
-_LOWEST = -1.0e38
-"""A running maximum before the first key: finite, so that it can be subtracted."""
-_EVERYWHERE = 2**31 - 1
-"""The reach of a global key."""
 _MOST_CHANNELS = 256
 """Of a head: its output stays in the registers of a warp."""
-_RECORD_BYTES = 8
-"""Of a key of the tile: its additive mask (float32), its reach (int32)."""
+_SHARE = 512
+"""Keys of a global token that one block computes: about as many as a tile of positions sees."""
+_COMBINE_THREADS = 256
 
 
 def attention(problem: Problem, target: Target) -> PrimFunc:
@@ -90,8 +88,11 @@ def attention(problem: Problem, target: Target) -> PrimFunc:
         buffers = {
             name: T.arg(name, T.buffer(shape, dtype)) for name, (shape, dtype) in shapes.items()
         }
-        tiles = (S + (config.rows - 1)) // config.rows
-        global_tiles = (G + (config.rows - 1)) // config.rows
+        shares = _tiles(S, _SHARE)
+        records = (shares, tir.max(G, 1) * N)
+        buffers |= {name: T.alloc_buffer(records) for name in ("part_max", "part_sum")}
+        buffers["part_out"] = T.alloc_buffer((*records, problem.head_size))
+        tiles, global_tiles = _tiles(S, config.rows), _tiles(G, config.rows) * shares
         with (
             T.thread_binding(B * N * (tiles + global_tiles), "blockIdx.x") as block,
             T.thread_binding(config.threads, "threadIdx.x") as thread,
@@ -99,16 +100,77 @@ def attention(problem: Problem, target: Target) -> PrimFunc:
         ):
             T.reads()
             T.writes()
-            # Tiles of global tokens see more keys: they start first.
+            # Global tokens first: what their blocks leave is read by the second kernel.
             early = named(B * N * global_tiles)
             is_global = named(block.astype("int64") < early)
             number = named(tir.Select(is_global, block.astype("int64"), block - early))
-            per_head = named(tir.Select(is_global, global_tiles, tiles))
-            head = named(number // tir.max(per_head, 1))
-            first = named(number % tir.max(per_head, 1) * config.rows)
-            place = (named(head // N), named(head % N), first, is_global)
-            _Block(problem, config, arch, buffers, S, thread).emit(*place)
+            per_head = named(tir.max(tir.Select(is_global, global_tiles, tiles), 1))
+            head, tile = named(number // per_head), named(number % per_head)
+            share = named(tir.Select(is_global, tile % shares, tir.const(0, "int64")))
+            tile = named(tir.Select(is_global, tile // shares, tile))
+            place = LongformerPlace(
+                b=named(head // N),
+                h=named(head % N),
+                first=named(tile * config.rows),
+                is_global=is_global,
+                share=share,
+                first_key=named(share * _SHARE),
+                most_keys=_SHARE,
+            )
+            Block(problem, config, arch, buffers, S, thread).emit(place)
+        _combine(problem, buffers, B, S, G, shares)
     return builder.get()
+
+
+def _combine(
+    problem: Problem,
+    buffers: dict[str, tir.Buffer],
+    B: Expr,
+    S: Expr,
+    G: Expr,
+    shares: Expr,
+) -> None:
+    """Output rows of global tokens, a block each."""
+    N, D = problem.num_heads, problem.head_size
+    with (
+        T.thread_binding(tir.max(G, 1), "blockIdx.x") as row,
+        T.thread_binding(_COMBINE_THREADS, "threadIdx.x") as thread,
+        T.sblock("combine"),
+    ):
+        T.reads()
+        T.writes()
+        top, scale, total, value = (T.alloc_buffer((1,), scope="local") for _ in range(4))
+        inverse_scale = named(float32(1) / buffers["scale_output"][0])
+        with T.serial(B) as b:
+            n = named(row - buffers["offsets"][b].astype("int64"))
+            mine = tir.all(row < G, n >= 0, n < buffers["rank"][b, S].astype("int64"))
+            with T.If(mine), T.Then():
+                s = named(buffers["positions"][b, n].astype("int64"))
+                live = named(buffers["mask"][b, s].astype("float32") >= float32(0))
+                with T.serial(_tiles(problem.hidden, _COMBINE_THREADS)) as turn:
+                    column = named((turn * _COMBINE_THREADS + thread).astype("int64"))
+                    with T.If(column < problem.hidden), T.Then():
+                        record, d = named(row * N + column // D), named(column % D)
+                        for buffer, start in ((top, None), (total, 0.0), (value, 0.0)):
+                            first = buffers["part_max"][0, record] if start is None else start
+                            T.buffer_store(buffer, first, [0])
+                        with T.If(live), T.Then():
+                            with T.serial(shares) as share:
+                                part = buffers["part_max"][share, record]
+                                T.buffer_store(top, tir.max(top[0], part), [0])
+                            with T.serial(shares) as share:
+                                part = buffers["part_max"][share, record]
+                                cuda.exp2(scale[0], part - top[0])
+                                part = scale[0] * buffers["part_sum"][share, record]
+                                T.buffer_store(total, total[0] + part, [0])
+                                part = scale[0] * buffers["part_out"][share, record, d]
+                                T.buffer_store(value, value[0] + part, [0])
+                        y = quantised(value[0] * (float32(1) / total[0]), inverse_scale)
+                        y = tir.Select(live, y, tir.const(0, "int8"))
+                        index = (
+                            [b, column // 32, s, column % 32] if problem.col32 else [b, s, column]
+                        )
+                        T.buffer_store(buffers["output"], y, index)
 
 
 def configure(problem: Problem, arch: Arch) -> AttentionConfig:
@@ -125,7 +187,7 @@ def configure(problem: Problem, arch: Arch) -> AttentionConfig:
         tensor_cores=True,
         warps=4,
         row_tiles=2 if steps * depth <= 64 else 1,
-        keys=64 if steps * depth <= 64 else 32,
+        keys=48 if steps * depth <= 64 else 32,
         depth=depth,
         steps=steps,
         value_steps=steps,
@@ -138,384 +200,5 @@ def configure(problem: Problem, arch: Arch) -> AttentionConfig:
     )
 
 
-def shared_bytes(config: AttentionConfig) -> int:
-    """Of the queries, one tile of keys and values, and the records of its keys."""
-    elements = config.query_elements + 2 * config.steps * config.slot_elements
-    return elements * config.item_bytes + config.keys * _RECORD_BYTES
-
-
-class _Block:
-    """Emits the statements of a block; one object per PrimFunc under construction."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        config: AttentionConfig,
-        arch: Arch,
-        buffers: dict[str, tir.Buffer],
-        S: Expr,
-        thread: Expr,
-    ):
-        self.p, self.c, self.arch, self.S = problem, config, arch, S
-        self.buffers = buffers
-        self.thread = thread
-        self.lane = named(thread % WARP)
-        self.warp_row = named(thread // WARP * config.warp_rows)
-        self.first_column = named(self.lane % 4 * 2)
-        self.fragments = [(m, h) for m in range(config.row_tiles) for h in range(2)]
-
-    def emit(self, b: Expr, h: Expr, first: Expr, is_global: Expr) -> None:
-        """``first``: the first position of the tile, or the first global token of the entry."""
-        c = self.c
-        self.b, self.h, self.first, self.is_global = b, h, first, is_global
-        self.records = c.query_elements + 2 * c.steps * c.slot_elements
-        size = shared_bytes(c) // c.item_bytes
-        self.shared = T.alloc_buffer((size,), "float16", scope="shared.dyn")
-        self.products = TensorCores(c, self.arch, "float16", self.shared, self.thread)
-        self._allocate()
-        self._find_rows()
-        live = T.cuda.syncthreads_or(self._any_live().astype("int32")) != 0
-        self._find_keys()
-        with T.If(live), T.Then():
-            self._load_queries()
-            self._fetch(tir.const(0, "int32"))
-            self._put()
-            T.evaluate(T.cuda.cta_sync())
-            if c.queries_in_registers:
-                self.products.load_queries()
-            with T.serial(self.tiles) as tile:
-                self.products.forget_addresses()
-                with T.If(tile + 1 < self.tiles), T.Then():
-                    self._fetch(tile + 1)
-                self._attend(tile)
-                T.evaluate(T.cuda.cta_sync())
-                with T.If(tile + 1 < self.tiles), T.Then():
-                    self._put()
-                T.evaluate(T.cuda.cta_sync())
-        self._store()
-
-    def _allocate(self) -> None:
-        c, rows = self.c, len(self.fragments)
-
-        def local(count: int, dtype: str = "float32") -> tir.Buffer:
-            return T.alloc_buffer((count,), dtype, scope="local")
-
-        self.top, self.sum, self.correction = local(rows), local(rows), local(rows)
-        self.best = local(rows + 1)
-        self.position, self.kind = local(rows, "int32"), local(rows, "int32")
-        self.pieces = -(-c.keys * c.steps * c.depth // (8 * c.threads))
-        self.words = local(2 * 2 * self.pieces, "uint32")
-        self.record = local(2, "uint32")
-        self.packed, self.float_bits = local(4, "uint32"), local(2, "uint32")
-        self.seen = local(4, "uint32")
-        for k in range(rows):
-            T.buffer_store(self.top, float32(_LOWEST), [k])
-            T.buffer_store(self.sum, float32(0), [k])
-        self.products.clear_output()
-
-    # -- rows and keys ------------------------------------------------------------------------
-
-    def _find_rows(self) -> None:
-        """position[k] of each of the thread's rows, kind[k]: -1 another block's or none, 0 padding,
-        1 to be computed.
-        """
-        rank, mask = self.buffers["rank"], self.buffers["mask"]
-        all_rows = tir.Select(self.is_global, rank[self.b, self.S].astype("int64"), self.S)
-        self.rows = named(tir.min(all_rows - self.first, self.c.rows).astype("int32"))
-        for k, (m, h) in enumerate(self.fragments):
-            row = self.warp_row + self.lane // 4 + (16 * m + 8 * h)
-            T.buffer_store(self.position, int32(0), [k])
-            T.buffer_store(self.kind, int32(-1), [k])
-            with T.If(row < self.rows), T.Then():
-                T.buffer_store(self.position, self._position(self.first + row), [k])
-                s = named(self.position[k].astype("int64"))
-                flagged = rank[self.b, s + 1] != rank[self.b, s]
-                with T.If(tir.any(self.is_global, tir.Not(flagged))), T.Then():
-                    padding = mask[self.b, s].astype("float32") < float32(0)
-                    T.buffer_store(self.kind, tir.Select(padding, int32(0), int32(1)), [k])
-
-    def _position(self, number: Expr) -> Expr:
-        """Of row ``number`` of the entry's rows or of its global tokens."""
-        token = tir.min(number, self.S - 1)
-        found = self.buffers["positions"][self.b, token]
-        return tir.if_then_else(self.is_global, found, number.astype("int32"))
-
-    def _any_live(self) -> Expr:
-        live = self.kind[0] > 0
-        for k in range(1, len(self.fragments)):
-            live = tir.any(live, self.kind[k] > 0)
-        return live
-
-    def _find_keys(self) -> None:
-        """Positions low .. low + near - 1, then `outside` global ones before and after them."""
-        rank, W = self.buffers["rank"], self.p.window
-        zero = tir.const(0, "int64")
-        low = tir.Select(self.is_global, zero, tir.max(self.first - W, 0))
-        last = tir.min(self.first + self.rows.astype("int64") + W, self.S)
-        self.low = named(low)
-        high = named(tir.Select(self.is_global, self.S, tir.max(last, self.low)))
-        self.near = named((high - self.low).astype("int32"))
-        self.before = named(rank[self.b, self.low])
-        self.within = named(rank[self.b, high] - self.before)
-        self.outside = named(rank[self.b, self.S] - self.within)
-        keys = self.c.keys
-        self.near_tiles = named((self.near + (keys - 1)) // keys)
-        self.tiles = named(self.near_tiles + (self.outside + (keys - 1)) // keys)
-
-    def _key(self, tile: Expr, n: Expr) -> tuple[Expr, Expr]:
-        """Position of key n of the tile, and whether there is one; beyond the last, that one."""
-        gathered = tile >= self.near_tiles
-        number = tir.Select(gathered, tile - self.near_tiles, tile) * self.c.keys + n
-        count = tir.Select(gathered, self.outside, self.near)
-        inside = number < count
-        number = named(tir.min(number, count - 1))
-        token = tir.Select(number < self.before, number, number + self.within)
-        token = tir.max(tir.min(token.astype("int64"), self.S - 1), 0)
-        found = self.buffers["positions"][self.b, token].astype("int64")
-        return tir.if_then_else(gathered, found, self.low + number), inside
-
-    # -- copies -------------------------------------------------------------------------------
-
-    def _load_queries(self) -> None:
-        """The tile's queries to shared memory; rows beyond the last repeat it."""
-        c, D = self.c, self.p.head_size
-        per_row = c.steps * c.depth // 8
-        with T.serial(-(-c.rows * per_row // c.threads)) as turn:
-            index = turn * c.threads + self.thread
-            row, chunk = named(index // per_row), named(index % per_row)
-            with T.If(row < c.rows), T.Then():
-                number = named(self.first + tir.min(row, self.rows - 1).astype("int64"))
-                with T.If(self.is_global):
-                    with T.Then():
-                        token = self.buffers["offsets"][self.b].astype("int64") + number
-                        self._fetch_eight("gq", token, self.h * D, chunk, 0)
-                    with T.Else():
-                        token = self.b * self.S + number
-                        self._fetch_eight("qkv", token, self.h * D, chunk, 0)
-                self._put_eight(0, chunk_offset(row, chunk, per_row, 8))
-
-    def _fetch(self, tile: Expr) -> None:
-        """The thread's part of the keys and values of a tile, int8, to registers."""
-        c, H, D = self.c, self.p.hidden, self.p.head_size
-        per_row = c.steps * c.depth // 8
-        for i in range(self.pieces):
-            index = self.thread + i * c.threads
-            n, chunk = named(index // per_row), named(index % per_row)
-            s, _ = self._key(tile, tir.min(n, c.keys - 1))
-            row = named(self.b * self.S + s)
-            column = named(self.h * D)
-            with T.If(self.is_global):
-                with T.Then():
-                    self._fetch_eight("gkv", row, column, chunk, 4 * i)
-                    self._fetch_eight("gkv", row, column + H, chunk, 4 * i + 2)
-                with T.Else():
-                    self._fetch_eight("qkv", row, column + H, chunk, 4 * i)
-                    self._fetch_eight("qkv", row, column + 2 * H, chunk, 4 * i + 2)
-        self._fetch_record(tile)
-
-    def _fetch_record(self, tile: Expr) -> None:
-        """Mask and reach of the key with the thread's number."""
-        rank, mask = self.buffers["rank"], self.buffers["mask"]
-        with T.If(self.thread < self.c.keys), T.Then():
-            s, inside = self._key(tile, self.thread)
-            s = named(s)
-            shift = mask[self.b, s].astype("float32") * float32(LOG2E)
-            shift = tir.Select(inside, shift, float32(float("-inf")))
-            flagged = tir.any(self.is_global, rank[self.b, s + 1] != rank[self.b, s])
-            reach = tir.Select(flagged, int32(_EVERYWHERE), int32(self.p.window))
-            T.buffer_store(self.record, tir.reinterpret("uint32", shift), [0])
-            T.buffer_store(self.record, tir.reinterpret("uint32", reach), [1])
-
-    def _fetch_eight(self, name: str, row: Expr, column: Expr, chunk: Expr, at: int) -> None:
-        """words[at], words[at + 1] = channels 8 chunk .. 8 chunk + 7 of a head; zeros beyond D."""
-        D, source = self.p.head_size, self.buffers[name]
-        zero = tir.const(0, "int64")
-        d = chunk * 8
-
-        def address(d: Expr) -> Expr:
-            return T.address_of(source[zero, row, column + d])
-
-        registers = [self.words[at], self.words[at + 1]]
-        for k in range(2):
-            T.buffer_store(self.words, tir.const(0, "uint32"), [at + k])
-        if D % 8 == 0:
-            with T.If(d < D), T.Then():
-                T.evaluate(T.ptx["ld.global.v2.b32"](*registers, address(d)))
-        elif D % 4 == 0:
-            for k in range(2):
-                with T.If(d + 4 * k < D), T.Then():
-                    T.evaluate(T.ptx["ld.global.b32"](registers[k], address(d + 4 * k)))
-        else:
-            for e in range(8):
-                with T.If(d + e < D), T.Then():
-                    byte = source[zero, row, column + d + e].astype("uint8").astype("uint32")
-                    placed = byte << tir.const(8 * (e % 4), "uint32")
-                    T.buffer_store(self.words, self.words[at + e // 4] | placed, [at + e // 4])
-
-    def _put(self) -> None:
-        """What ``_fetch`` got, to shared memory."""
-        c = self.c
-        per_row, slot = c.depth // 8, c.slot_elements
-        chunks = c.steps * per_row
-        for i in range(self.pieces):
-            index = self.thread + i * c.threads
-            n, chunk = named(index // chunks), named(index % chunks)
-            with T.If(n < c.keys), T.Then():
-                offset = chunk_offset(n, chunk % per_row, per_row, 8)
-                offset = named(c.query_elements + chunk // per_row * slot + offset)
-                self._put_eight(4 * i, offset)
-                self._put_eight(4 * i + 2, offset + c.steps * slot)
-        with T.If(self.thread < c.keys), T.Then():
-            address = T.address_of(self.shared[self._record(self.thread)])
-            T.evaluate(T.ptx["st.shared.v2.b32"](address, self.record[0], self.record[1]))
-
-    def _record(self, n: Expr) -> Expr:
-        return self.records + n * (_RECORD_BYTES // self.c.item_bytes)
-
-    def _put_eight(self, at: int, offset: Expr) -> None:
-        """shared[offset ..] = float16(scale * int8) of the eight bytes from words[at] on.
-
-        A byte with its sign turned, in the last place of 2^23, is a float32 without conversion.
-        """
-        exponent, bias = tir.const(0x4B000000, "uint32"), float32(2**23 + 128)
-        scales = [self.buffers[f"scale_{kind}_gemm"][0] for kind in ("global", "qkv")]
-        scale = named(tir.if_then_else(self.is_global, *scales))
-        for pair in range(4):
-            word = self.words[at + pair // 2] ^ tir.const(0x80808080, "uint32")
-            for e in range(2):
-                select = tir.const(0x7440 + pair % 2 * 2 + e, "uint32")
-                T.evaluate(T.ptx["prmt.b32"](self.float_bits[e], word, exponent, select))
-            low, high = (
-                (tir.reinterpret("float32", self.float_bits[e]) - bias) * scale for e in range(2)
-            )
-            cuda.pack_pair(self.packed, pair, low, high, "float16", self.arch.cp_async)
-        registers = [self.packed[r] for r in range(4)]
-        address = T.address_of(self.shared[offset])
-        T.evaluate(T.ptx["st.shared.v4.b32"](address, *registers))
-
-    # -- one tile of keys ---------------------------------------------------------------------
-
-    def _attend(self, tile: Expr) -> None:
-        """Scores, weights and output of one tile, in the warps that see any of its keys."""
-        c, W = self.c, self.p.window
-        anywhere = tir.any(self.is_global, tile >= self.near_tiles)
-        start = named(self.low.astype("int32") + tile * c.keys)
-        end = named(tir.min(start + c.keys, self.low.astype("int32") + self.near))
-        row = named(self.first.astype("int32") + self.warp_row)
-        last_row = row + (c.warp_rows - 1)
-        rank = self.buffers["rank"]
-        globals_inside = tir.if_then_else(
-            anywhere,
-            int32(0),
-            rank[self.b, tir.max(end, start).astype("int64")] - rank[self.b, start.astype("int64")],
-        )
-        near = tir.all(start <= last_row + W, end > row - W)
-        seen = named(tir.any(anywhere, near, globals_inside > 0))
-        whole = named(tir.any(anywhere, tir.all(start >= last_row - W, end - 1 <= row + W)))
-        with T.If(seen), T.Then():
-            self.products.clear_scores()
-            for step in range(c.steps):
-                self.products.add_scores(c.query_elements + step * c.slot_elements, step)
-            self._mask(start, whole)
-            for k, (m, h) in enumerate(self.fragments):
-                self._weigh(k, m, h)
-            self.products.take_weights()
-            for step in range(c.steps):
-                slot = c.query_elements + (c.steps + step) * c.slot_elements
-                self.products.add_values(slot, step)
-
-    def _mask(self, start: Expr, whole: Expr) -> None:
-        """scores in units of ln 2, the mask added; minus infinity out of reach."""
-        scores = self.products.scores
-        scale = float32(LOG2E / math.sqrt(self.p.head_size))
-        for n, e in self._each_key():
-            shift = tir.reinterpret("float32", self.seen[2 * e])
-            for m, h in self.fragments:
-                at = self.products.score_slot(m, n, h, e)
-                T.buffer_store(scores, scores[at] * scale + shift, [at])
-        with T.If(tir.Not(whole)), T.Then():
-            for n, e in self._each_key():
-                key = start + self.first_column + (8 * n + e)
-                reach = tir.reinterpret("int32", self.seen[2 * e + 1])
-                for k, (m, h) in enumerate(self.fragments):
-                    at = self.products.score_slot(m, n, h, e)
-                    distance = tir.max(key - self.position[k], self.position[k] - key)
-                    cut = tir.Select(distance <= reach, scores[at], float32(float("-inf")))
-                    T.buffer_store(scores, cut, [at])
-
-    def _each_key(self) -> Iterator[tuple[int, int]]:
-        """(n, e) of the thread's keys 8 n + e, from lane 0 on; ``seen`` holds the records of the
-        pair.
-        """
-        for n in range(self.c.keys // 8):
-            first = self._record(self.first_column + 8 * n)
-            registers = [self.seen[r] for r in range(4)]
-            T.evaluate(T.ptx["ld.shared.v4.b32"](*registers, T.address_of(self.shared[first])))
-            yield n, 0
-            yield n, 1
-
-    def _weigh(self, k: int, m: int, h: int) -> None:
-        """Scores of a row become weights; its maximum, sum and output follow."""
-        c, scores, spare = self.c, self.products.scores, len(self.fragments)
-        slots = [self.products.score_slot(m, n, h, e) for n in range(c.keys // 8) for e in range(2)]
-        T.buffer_store(self.best, self.top[k], [k])
-        for at in slots:
-            T.buffer_store(self.best, tir.max(self.best[k], scores[at]), [k])
-        for lanes in (1, 2):
-            T.buffer_store(self.best, cuda.shuffle_xor(self.best[k], lanes), [spare])
-            T.buffer_store(self.best, tir.max(self.best[k], self.best[spare]), [k])
-        cuda.exp2(self.correction[k], self.top[k] - self.best[k])
-        T.buffer_store(self.top, self.best[k], [k])
-        T.buffer_store(self.sum, self.sum[k] * self.correction[k], [k])
-        for at in slots:
-            cuda.exp2(scores[at], scores[at] - self.top[k])
-            T.buffer_store(self.sum, self.sum[k] + scores[at], [k])
-        output = self.products.output
-        for n in range(c.width // 8):
-            for e in range(2):
-                at = self.products.output_slot(m, n, h, e)
-                T.buffer_store(output, output[at] * self.correction[k], [at])
-
-    # -- results ------------------------------------------------------------------------------
-
-    def _store(self) -> None:
-        """Rows of this block: float16, then int8; zeros where the row is padding."""
-        p, c = self.p, self.c
-        inverse_scale = named(float32(1) / self.buffers["scale_output"][0])
-        spare = len(self.fragments)
-        for k, (m, h) in enumerate(self.fragments):
-            for lanes in (1, 2):
-                T.buffer_store(self.best, cuda.shuffle_xor(self.sum[k], lanes), [spare])
-                T.buffer_store(self.sum, self.sum[k] + self.best[spare], [k])
-            with T.If(self.kind[k] >= 0), T.Then():
-                s = named(self.position[k].astype("int64"))
-                inverse = named(float32(1) / self.sum[k])
-                for n in range(c.width // 8):
-                    at = self.products.output_slot(m, n, h, 0)
-                    d = self.first_column + 8 * n
-                    values = [self._quantised(k, at + e, inverse, inverse_scale) for e in range(2)]
-                    if p.head_size % 2 == 0:
-                        with T.If(d < p.head_size), T.Then():
-                            self._store_pair(s, d, values)
-                    else:
-                        for e in range(2):
-                            with T.If(d + e < p.head_size), T.Then():
-                                index = self._index(s, self.h * p.head_size + d + e)
-                                T.buffer_store(self.buffers["output"], values[e], index)
-
-    def _quantised(self, k: int, at: int, inverse: Expr, inverse_scale: Expr) -> Expr:
-        o = (self.products.output[at] * inverse).astype("float16").astype("float32")
-        clipped = tir.max(tir.min(o * inverse_scale, float32(127)), float32(-128))
-        value = tir.nearbyint(clipped).astype("int32").astype("int8")
-        return tir.Select(self.kind[k] > 0, value, tir.const(0, "int8"))
-
-    def _store_pair(self, s: Expr, d: Expr, values: list[Expr]) -> None:
-        low, high = (named(value.astype("uint8").astype("uint16")) for value in values)
-        index = self._index(s, named(self.h * self.p.head_size + d))
-        address = T.address_of(self.buffers["output"][tuple(index)])
-        T.evaluate(T.ptx["st.global.b16"](address, low | (high << tir.const(8, "uint16"))))
-
-    def _index(self, s: Expr, column: Expr) -> list[Expr]:
-        if self.p.col32:
-            return [self.b, column // 32, s, column % 32]
-        return [self.b, s, column]
+def _tiles(size: Expr | int, tile: int) -> Expr | int:
+    return (size + (tile - 1)) // tile
