@@ -267,8 +267,8 @@ class Block:
         use: Callable[[Expr, Callable[[int], Expr | int]], None],
         first_pass: bool = False,
     ) -> None:
-        """``use(tile, slot)`` for the tiles of keys first .. end - 1; ``slot(number)``, to be called
-        in order, waits for slot ``number`` of the tile's ``per_tile`` and gives its first element.
+        """``use(tile, slot)`` for the tiles of keys first .. end - 1; ``slot(number)``, called in
+        order, waits for slot ``number`` of the tile's ``per_tile`` and gives its first element.
         Nothing in shared memory is in use afterwards.
         """
         c = self.c

@@ -135,10 +135,8 @@ def _tilings(problem: Problem, arch: Arch) -> list[AttentionConfig]:
         wide = value_steps * depth * row_tiles
         if rows % problem.group or (row_tiles == 2 and (wide > _WIDTH or not asynchronous)):
             continue
-        if not tensor_cores or wide > 128:
-            key_tiles = (32, 16)
-        else:
-            key_tiles = (64, 32, 16)
+        # Wide rows of output leave fewer registers for scores.
+        key_tiles = (32, 16) if not tensor_cores or wide > 128 else (64, 32, 16)
         found += [
             AttentionConfig(
                 tensor_cores=tensor_cores,

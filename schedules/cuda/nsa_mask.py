@@ -51,13 +51,16 @@ def row_bounds(mask: tir.Buffer) -> tir.Buffer:
             T.buffer_store(found, tir.const(start, "int32"), [k])
         with T.serial(((columns + (WARP - 1)) // WARP).astype("int32")) as strip:
             key = named(strip * WARP + lane)
-            with T.If(tir.all(key < columns, row < rows)), T.Then():
-                with T.If(mask[row, key].astype("int32") != 0):
-                    with T.Then():
-                        T.buffer_store(found, tir.min(found[2], key), [_FIRST_MASKED])
-                    with T.Else():
-                        T.buffer_store(found, tir.min(found[0], key), [_FIRST_VISIBLE])
-                        T.buffer_store(found, key, [_LAST_VISIBLE])
+            with (
+                T.If(tir.all(key < columns, row < rows)),
+                T.Then(),
+                T.If(mask[row, key].astype("int32") != 0),
+            ):
+                with T.Then():
+                    T.buffer_store(found, tir.min(found[2], key), [_FIRST_MASKED])
+                with T.Else():
+                    T.buffer_store(found, tir.min(found[0], key), [_FIRST_VISIBLE])
+                    T.buffer_store(found, key, [_LAST_VISIBLE])
         for k, best in enumerate((tir.min, tir.max, tir.min)):
             for step in _LANE_STEPS:
                 T.buffer_store(other, cuda.shuffle_xor(found[k], step), [0])
