@@ -58,7 +58,8 @@ class NsaConfig:
 
     @property
     def cells(self) -> int:
-        return self.listed + self.blocks
+        """Candidates of a position, in vectors of four."""
+        return -(-(self.listed + self.blocks) // 4) * 4
 
     @property
     def first_sum(self) -> int:

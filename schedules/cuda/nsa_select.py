@@ -28,6 +28,9 @@ from .nsa_block import Block
 _TAKEN = -1.0  # below any score: a block already chosen, or none
 _FORCED = 3.4028234663852886e38
 _LANE_STEPS = (1, 2, 4, 8, 16)
+_VECTOR = 4
+"""Neighbouring candidates that one lane looks after."""
+_UNROLLED_TAPS = 8
 
 
 def select(block: Block) -> None:
@@ -180,15 +183,25 @@ class _Selection:
             inside = tir.all(position < self.block.count, j < first + count)
             with T.If(inside), T.Then():
                 newest = named(p.newest_key(j) - j0)
-                tap = named(tir.max(newest - (keys - 1), 0))
-                taps = tir.min(newest + 1, p.taps) - tap
                 T.buffer_store(total, float32(0), [0])
-                with T.serial(tir.max(taps, 0)) as i:
-                    c = named(tap + i)
-                    weight = p.weight(c).astype("float32")
+
+                def add(c: Expr | int) -> None:
+                    """Tap c, if its key is in the tile."""
+                    key = named(newest - c)
+                    within = named(tir.all(key >= 0, key < keys))
+                    weight = p.weight(tir.const(c, "int32") if isinstance(c, int) else c)
+                    weight = named(tir.Select(within, weight.astype("float32"), float32(0)))
+                    key = named(tir.min(tir.max(key, 0), keys - 1))
                     for u in range(units):
-                        cell = config.first_sum + (position * units + u) * keys + (newest - c)
+                        cell = config.first_sum + (position * units + u) * keys + key
                         T.buffer_store(total, total[0] + weight * self._get(cell), [0])
+
+                if p.taps <= _UNROLLED_TAPS:
+                    for c in range(p.taps):
+                        add(c)
+                else:
+                    with T.serial(p.taps) as c:
+                        add(c)
                 cell = named(self._cell(position, config.listed + j - first))
                 self._put(cell, self._get(cell) + total[0])
 
@@ -237,15 +250,18 @@ class _Selection:
     def _find_best(self, position: Expr, candidates: Expr) -> None:
         """best[0], where[0] = the lane's greatest candidate, the first of equals."""
         T.buffer_store(self.best, float32(_TAKEN), [0])
-        T.buffer_store(self.where, self.lane, [0])
-
-        def look(v: Expr) -> None:
-            score = self._get(self._cell(position, v))
-            with T.If(score > self.best[0]), T.Then():
-                T.buffer_store(self.best, score, [0])
-                T.buffer_store(self.where, v, [0])
-
-        self._each(candidates, look)
+        T.buffer_store(self.where, self.lane * _VECTOR, [0])
+        found = T.alloc_buffer((_VECTOR,), scope="local")
+        step = WARP * _VECTOR
+        with T.serial((candidates + (step - 1)) // step) as strip:
+            v = named(strip * step + self.lane * _VECTOR)
+            with T.If(v < candidates), T.Then():
+                scores = [found[e] for e in range(_VECTOR)]
+                cuda.load_shared(scores, self._address(self._cell(position, v)))
+                for e, score in enumerate(scores):
+                    with T.If(tir.all(v + e < candidates, score > self.best[0])), T.Then():
+                        T.buffer_store(self.best, score, [0])
+                        T.buffer_store(self.where, v + e, [0])
 
     def _choose(self, position: Expr, first: Expr, count: Expr) -> None:
         """The k best of the listed blocks and of those of the turn: listed anew, or stored."""
@@ -270,7 +286,7 @@ class _Selection:
                 T.buffer_store(at, tir.Select(better, at[1], at[0]), [0])
             # Undefined input may score NaN, which nothing exceeds: stay among the candidates.
             T.buffer_store(at, tir.min(at[0], candidates - 1), [0])
-            with T.If(at[0] % WARP == self.lane), T.Then():
+            with T.If(at[0] // _VECTOR % WARP == self.lane), T.Then():
                 index = self._index(position, first, at)
                 with T.If(last):
                     with T.Then():
