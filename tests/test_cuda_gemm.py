@@ -74,7 +74,8 @@ def problem(m, n, k, out="int8", entry="row", batch=1, order=Order.ROW):
 
 
 def kernel(p, arch="sm_80", config=None):
-    return gemm._Kernel(p, config or configure(p, ARCHS[arch]), ARCHS[arch]).build()
+    configs = {None: config} if config else configure(p, ARCHS[arch])
+    return gemm.emit(p, configs, ARCHS[arch])
 
 
 def check(m, n, k, out="int8", arch="sm_80", config=None, entry="row", batch=1, order=Order.ROW):
@@ -274,7 +275,7 @@ def test_rows_known_at_the_call(rows, given):
 
 
 def test_no_rows():
-    """A part of a graph may have none: one block that does nothing."""
+    """A part of a graph may have none: nothing is launched."""
     m = tirx.Var("m", "int64")
     p = replace(problem(1, 16, 32), m=m)
     shape = {"a": (1, m, 32), "y": (1, m, 16)}
@@ -283,9 +284,7 @@ def test_no_rows():
     p = replace(p, operands=(*p.operands[:2], token))
     zeros = np.zeros(16, np.float32)
     none, b = np.zeros((1, 0, 32), np.int8), np.zeros((1, 16, 32), np.int8)
-    func = kernel(p)
-    func = tirx.PrimFunc(func.params, func.body, func.ret_type, func.attrs)
-    simt.run(func, none, b, zeros, zeros, zeros[:0], np.zeros((1, 0, 16), np.int8))
+    simt.run(kernel(p), none, b, zeros, zeros, zeros[:0], np.zeros((1, 0, 16), np.int8))
 
 
 # -- tiles, instructions, registers, shared memory ------------------------------------------------
@@ -307,7 +306,7 @@ def test_no_rows():
     ],
 )
 def test_tiles_by_shape(m, n, tile):
-    config = configure(problem(m, n, 4096), ARCHS["sm_80"])
+    (config,) = configure(problem(m, n, 4096), ARCHS["sm_80"]).values()
     assert (config.block_m, config.block_n) == tile
 
 
@@ -316,7 +315,7 @@ def test_tiles_by_shape(m, n, tile):
 def test_every_tile_fits(out, arch):
     for m in (1, 20, 40, 128, 512, 1024, 2048, 8192):
         for n in (64, 1024, 4096):
-            config = configure(problem(m, n, 4096, out), arch)
+            (config,) = configure(problem(m, n, 4096, out), arch).values()
             assert config.shared_bytes(np.dtype(OUTPUTS[out]).itemsize) <= arch.shared_per_block
             assert config.threads * THREAD_REGISTERS <= arch.registers_per_sm
 
@@ -375,4 +374,5 @@ def test_registers_and_spills(arch, m, n, entry, out, tmp_path):
         out = "float16"
     registers, spilled = resources(source(arch, m, n, entry, out), arch, tmp_path)
     assert not spilled
-    assert registers * configure(problem(m, n, 1024, out), ARCHS[arch]).threads <= 65536
+    (config,) = configure(problem(m, n, 1024, out), ARCHS[arch]).values()
+    assert registers * config.threads <= ARCHS[arch].registers_per_sm

@@ -71,23 +71,35 @@ _FILLED = 2 * 108
 """Blocks that keep an A100 busy: two for each multiprocessor."""
 
 
-def configure(problem: Problem, arch: Arch) -> GemmConfig:
-    """The largest tile that leaves enough blocks. Few rows: warps split K, so that narrow tiles
-    still give every multiprocessor a block. Rows that only the call knows are taken for many.
+def configure(problem: Problem, arch: Arch) -> dict[int | None, GemmConfig]:
+    """Most rows -> how to cut that many, ascending; None: any number.
+
+    The largest tile that leaves enough blocks. Few rows: warps split K, so that narrow tiles still
+    give every multiprocessor a block. Where only the call knows the rows, it chooses between both.
     """
-    m, batch = (size if isinstance(size, int) else None for size in (problem.m, problem.batch))
-
-    def blocks(config: GemmConfig) -> float:
-        if m is None or batch is None:
-            return inf
-        return batch * -(-m // config.block_m) * -(-problem.n // config.block_n)
-
-    if m is not None and m <= _STREAMING[-1].block_m:
-        fitting = [config for config in _STREAMING if config.block_m >= m]
-        narrow = m <= 16 and blocks(fitting[1]) < _FILLED // 2
-        config = fitting[0] if m > 16 or narrow else fitting[1]
+    m = problem.m if isinstance(problem.m, int) else None
+    few = _STREAMING[-1].block_m
+    if m is None:
+        found = {few: _STREAMING[-1], None: _TILES[1]}
+    elif m <= few:
+        found = {None: _streaming(problem, m)}
     else:
-        # A thread of the widest tile has no register left for copies that pass through it.
-        tiles = _TILES if arch.cp_async and m is not None else _TILES[1:]
-        config = next((c for c in tiles if blocks(c) >= _FILLED), _TILES[-1])
-    return config if arch.cp_async else replace(config, stages=2)
+        found = {None: _tiled(problem, m, arch)}
+    return found if arch.cp_async else {m: replace(c, stages=2) for m, c in found.items()}
+
+
+def _streaming(problem: Problem, m: int) -> GemmConfig:
+    fitting = [config for config in _STREAMING if config.block_m >= m]
+    enough = m > fitting[0].block_m or _blocks(problem, m, fitting[1]) >= _FILLED // 2
+    return fitting[1] if fitting[0].block_n < fitting[1].block_n and enough else fitting[0]
+
+
+def _tiled(problem: Problem, m: int, arch: Arch) -> GemmConfig:
+    # A thread of the widest tile has no register left for copies that pass through it.
+    tiles = _TILES if arch.cp_async else _TILES[1:]
+    return next((c for c in tiles if _blocks(problem, m, c) >= _FILLED), _TILES[-1])
+
+
+def _blocks(problem: Problem, m: int, config: GemmConfig) -> float:
+    batch = problem.batch if isinstance(problem.batch, int) else inf
+    return batch * -(-m // config.block_m) * -(-problem.n // config.block_n)

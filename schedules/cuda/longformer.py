@@ -37,6 +37,7 @@ from . import arch as architectures
 from .arch import Arch
 from .attention_config import AttentionConfig
 from .attention_place import float32, named
+from .guard import guard
 from .longformer_block import Block, LongformerPlace, quantised
 from .longformer_tokens import batch_and_sequence, gather_global_rows, global_tokens
 
@@ -93,8 +94,9 @@ def attention(problem: Problem, target: Target) -> PrimFunc:
         buffers |= {name: T.alloc_buffer(records) for name in ("part_max", "part_sum")}
         buffers["part_out"] = T.alloc_buffer((*records, problem.head_size))
         tiles, global_tiles = _tiles(S, config.rows), _tiles(G, config.rows) * shares
+        blocks = T.Bind(B * N * (tiles + global_tiles))
         with (
-            T.thread_binding(B * N * (tiles + global_tiles), "blockIdx.x") as block,
+            T.thread_binding(blocks, "blockIdx.x") as block,
             T.thread_binding(config.threads, "threadIdx.x") as thread,
             T.sblock("attend"),
         ):
@@ -133,7 +135,8 @@ def _combine(
     """Output rows of global tokens, a block each."""
     N, D = problem.num_heads, problem.head_size
     with (
-        T.thread_binding(tir.max(G, 1), "blockIdx.x") as row,
+        guard(G > 0, True),  # an empty grid cannot be launched
+        T.thread_binding(G, "blockIdx.x") as row,
         T.thread_binding(_COMBINE_THREADS, "threadIdx.x") as thread,
         T.sblock("combine"),
     ):
@@ -143,7 +146,7 @@ def _combine(
         inverse_scale = named(float32(1) / buffers["scale_output"][0])
         with T.serial(B) as b:
             n = named(row - buffers["offsets"][b].astype("int64"))
-            mine = tir.all(row < G, n >= 0, n < buffers["rank"][b, S].astype("int64"))
+            mine = tir.all(n >= 0, n < buffers["rank"][b, S].astype("int64"))
             with T.If(mine), T.Then():
                 s = named(buffers["positions"][b, n].astype("int64"))
                 live = named(buffers["mask"][b, s].astype("float32") >= float32(0))
@@ -174,7 +177,7 @@ def _combine(
 
 
 def configure(problem: Problem, arch: Arch) -> AttentionConfig:
-    """128 rows in four warps where their output leaves registers for the next tile of keys."""
+    """128 rows in four warps where output and queries leave registers for the next tile of keys."""
     D = problem.head_size
     if D > _MOST_CHANNELS:
         raise UnsupportedError(
@@ -183,11 +186,12 @@ def configure(problem: Problem, arch: Arch) -> AttentionConfig:
         )
     steps = -(-D // 128)
     depth = -(-D // (16 * steps)) * 16
+    narrow = steps * depth <= 64
     return AttentionConfig(
         tensor_cores=True,
         warps=4,
-        row_tiles=2 if steps * depth <= 64 else 1,
-        keys=48 if steps * depth <= 64 else 32,
+        row_tiles=2 if narrow else 1,
+        keys=48 if narrow else 32 // steps,
         depth=depth,
         steps=steps,
         value_steps=steps,
@@ -196,7 +200,7 @@ def configure(problem: Problem, arch: Arch) -> AttentionConfig:
         item_bytes=2,
         piece=8,
         asynchronous=False,
-        queries_in_registers=steps * depth <= 64,
+        queries_in_registers=narrow,
     )
 
 

@@ -17,6 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from ..intrin import cuda
 from .arch import WARP
 from .attention_place import named
+from .guard import guard
 
 if TYPE_CHECKING:
     from ...relay_ops.qordered_longformer_attention import Problem
@@ -165,8 +166,8 @@ def gather_global_rows(problem: Problem, target: Target) -> tir.PrimFunc:
         offsets = T.arg("offsets", T.buffer((B,), "int32"))
         gathered = T.arg("gathered", T.buffer((tir.const(1, "int64"), G, H), "int8"))
         with (
-            # Without global tokens one block, which does nothing: no grid is empty.
-            T.thread_binding(tir.max(G, 1), "blockIdx.x") as row,
+            guard(G > 0, True),  # an empty grid cannot be launched
+            T.thread_binding(G, "blockIdx.x") as row,
             T.thread_binding(_GATHER_THREADS, "threadIdx.x") as thread,
             T.sblock("gather"),
         ):
@@ -174,7 +175,7 @@ def gather_global_rows(problem: Problem, target: Target) -> tir.PrimFunc:
             T.writes()
             with T.serial(B) as b:
                 n = named(row - offsets[b].astype("int64"))
-                mine = tir.all(row < G, n >= 0, n < rank[b, S].astype("int64"))
+                mine = tir.all(n >= 0, n < rank[b, S].astype("int64"))
                 with T.If(mine), T.Then():
                     s = named(positions[b, n].astype("int64"))
                     with T.serial(_tiles(H // piece, _GATHER_THREADS)) as turn:
