@@ -323,9 +323,11 @@ QUICK += [("sm_90", "bfloat16", 192, 128)]
 EVERY = [
     (arch, dtype, *sizes)
     for arch in architectures.ARCHS
-    for dtype in ("float16", "bfloat16", "float32")
+    for dtype in ("float16", "bfloat16")
+    if (arch, dtype) != ("sm_75", "bfloat16")
     for sizes in ((192, 128), (128, 128), (64, 64), (256, 256))
 ]
+EVERY += [("sm_80", "float32", 192, 128), ("sm_90", "float32", 128, 128)]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

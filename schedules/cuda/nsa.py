@@ -161,9 +161,12 @@ def _clear_rest(
                 continue
             out = buffers[name]
             heads, size = (int(extent) for extent in out.shape[1:])
-            nothing = tir.const(-1, "int32") if name == "topk_indices_out" else float32(0)
+            none = tir.const(-1, "int32") if name == "topk_indices_out" else float32(0)
+            # In a register: TVM's code takes the address of what it casts to bfloat16.
+            nothing = T.alloc_buffer((1,), none.ty.dtype, scope="local")
+            T.buffer_store(nothing, none, [0])
             with T.serial(-(-heads * size // config.tiles.threads)) as strip:
                 number = named(strip * config.tiles.threads + thread)
                 with T.If(number < heads * size), T.Then():
                     index = [token, number // size, number % size]
-                    T.buffer_store(out, nothing.astype(out.dtype), index)
+                    T.buffer_store(out, nothing[0].astype(out.dtype), index)
