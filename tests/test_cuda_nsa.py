@@ -319,7 +319,7 @@ def test_float32_is_not_rounded_to_narrower_products():
 
 
 QUICK = [("sm_75", "float16", 192, 128), ("sm_80", "bfloat16", 192, 128)]
-QUICK += [("sm_90", "bfloat16", 192, 128)]
+QUICK += [("sm_90", "bfloat16", 192, 128), ("sm_75", "bfloat16", 128, 128)]
 EVERY = [
     (arch, dtype, *sizes)
     for arch in architectures.ARCHS
@@ -327,6 +327,7 @@ EVERY = [
     if (arch, dtype) != ("sm_75", "bfloat16")
     for sizes in ((192, 128), (128, 128), (64, 64), (256, 256))
 ]
+EVERY += [("sm_75", "bfloat16", 128, 128)]
 EVERY += [("sm_80", "float32", 192, 128), ("sm_90", "float32", 128, 128)]
 
 
