@@ -15,7 +15,9 @@ import simt
 import tvm
 from simt import graph
 
+from opferry.driver import device_code
 from opferry.driver import target as targets
+from opferry.driver.build import generate
 from opferry.frontend.builders import node_model
 from opferry.frontend.importer import import_model
 from opferry.frontend.model import prepare
@@ -213,6 +215,22 @@ def test_sweep(seed):
     check(build(N, D, W, arch=arch), data(batch, seq, N * D, counts))
 
 
+def test_the_whole_node_becomes_cuda():
+    """Every kernel runs on the GPU, whatever the host learns of the number of global tokens."""
+    fixed = weights(64)
+    attrs = {"num_heads": 2, "window": 8, "order_input": ROW, "order_output": ROW}
+    symbolic = {name: {0: "B", 1: "S"} for name in AT_RUN_TIME}
+    feeds = {**fixed, **data(1, 16, 64, [0])}
+    model = node_model(OP, feeds, initializers=[*fixed], symbolic=symbolic, **attrs)
+    target = targets.resolve("cuda-sm_80")
+    module = generate(import_model(prepare(model, None), target), target)
+    (source,) = device_code.sources(module.mod)
+    kernels = set(re.findall(r"__global__ void .*?(\w+)_kernel", source))
+    names = ("attention", "gather_global_rows", "gemm", "global_tokens")
+    assert {f"qordered_longformer_attention_{name}" for name in names} <= kernels
+    assert "to_vdevice" not in module.as_text()
+
+
 # -- the kernels ----------------------------------------------------------------------------------
 
 
@@ -253,9 +271,7 @@ def attend(func, feeds, blocks=None):
 
 
 def test_keys_out_of_reach_are_not_computed():
-    """A scale that makes every product with them infinite or NaN would show: their bytes are not
-    even read.
-    """
+    """The mask is NaN there: a score of such a key, even with a weight of 0, would show."""
     S, D, W, rows = 640, 16, 32, 128
     rng = np.random.default_rng(1)
     flags = np.zeros((1, S), np.int32)

@@ -154,7 +154,7 @@ def gather_global_rows(problem: Problem, target: Target) -> tir.PrimFunc:
     ``global_tokens`` -> int8 [1, sizes[0], H].
     """
     H, col32 = problem.hidden, problem.col32
-    piece = next(size for size in (16, 8, 4, 2, 1) if H % size == 0)
+    piece = next(size for size in (16, 8, 4, 1) if H % size == 0)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("gather_global_rows")
         T.func_attr({"tirx.noalias": True})
@@ -183,9 +183,13 @@ def gather_global_rows(problem: Problem, target: Target) -> tir.PrimFunc:
                         with T.If(c < H), T.Then():
                             source = [b, c // 32, s] if col32 else [b, s]
                             first = c % 32 if col32 else c
-                            values = tir.BufferLoad(x, [*source, _lanes(first, piece)])
-                            zero = tir.const(0, "int64")
-                            T.buffer_store(gathered, values, [zero, row, _lanes(c, piece)])
+                            _copy(
+                                gathered,
+                                (tir.const(0, "int64"), row, c),
+                                x,
+                                (*source, first),
+                                piece,
+                            )
     return builder.get()
 
 
@@ -197,8 +201,18 @@ def batch_and_sequence(problem: Problem) -> tuple[Expr, Expr]:
     )
 
 
-def _lanes(first: Expr, count: int) -> Expr:
-    return first if count == 1 else tir.Ramp(first, 1, count)
+def _copy(
+    target: tir.Buffer, index: tuple[Expr, ...], source: tir.Buffer, at: tuple[Expr, ...], size: int
+) -> None:
+    """``size`` bytes, 1 or an aligned 4, 8 or 16."""
+    if size == 1:
+        T.buffer_store(target, source[at], [*index])
+        return
+    words = T.alloc_buffer((size // 4,), "uint32", scope="local")
+    registers = [words[k] for k in range(size // 4)]
+    vector = "" if size == 4 else f".v{size // 4}"
+    T.evaluate(T.ptx[f"ld.global{vector}.b32"](*registers, T.address_of(source[at])))
+    T.evaluate(T.ptx[f"st.global{vector}.b32"](T.address_of(target[index]), *registers))
 
 
 def _tiles(size: Expr | int, tile: int) -> Expr | int:
