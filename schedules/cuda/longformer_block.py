@@ -87,6 +87,8 @@ class Block:
         self.shared = T.alloc_buffer((size,), "float16", scope="shared.dyn")
         self.products = TensorCores(c, self.arch, "float16", self.shared, self.thread)
         self._allocate()
+        scales = [self.buffers[f"scale_{kind}_gemm"][0] for kind in ("global", "qkv")]
+        self.scale = named(tir.if_then_else(self.is_global, *scales))
         self._find_rows()
         live = T.cuda.syncthreads_or(self._any_live().astype("int32")) != 0
         self._find_keys()
@@ -295,15 +297,14 @@ class Block:
         A byte with its sign turned, in the last place of 2^23, is a float32 without conversion.
         """
         exponent, bias = tir.const(0x4B000000, "uint32"), float32(2**23 + 128)
-        scales = [self.buffers[f"scale_{kind}_gemm"][0] for kind in ("global", "qkv")]
-        scale = named(tir.if_then_else(self.is_global, *scales))
         for pair in range(4):
             word = self.words[at + pair // 2] ^ tir.const(0x80808080, "uint32")
             for e in range(2):
                 select = tir.const(0x7440 + pair % 2 * 2 + e, "uint32")
                 T.evaluate(T.ptx["prmt.b32"](self.float_bits[e], word, exponent, select))
             low, high = (
-                (tir.reinterpret("float32", self.float_bits[e]) - bias) * scale for e in range(2)
+                (tir.reinterpret("float32", self.float_bits[e]) - bias) * self.scale
+                for e in range(2)
             )
             cuda.pack_pair(self.packed, pair, low, high, "float16", self.arch.cp_async)
         registers = [self.packed[r] for r in range(4)]
