@@ -18,6 +18,8 @@ from tvm.tirx import PrimFunc
 from ..runtime.errors import UnsupportedError
 from .cuda import attention as cuda_attention
 from .cuda import gemm as cuda_gemm
+from .cuda import longformer as cuda_longformer
+from .cuda import nsa as cuda_nsa
 from .llvm import attention, gemm, longformer, nsa
 from .tile import Tile
 
@@ -38,10 +40,22 @@ without a row have a builder of ``int8_matmul``.
 
 TIR_BUILDERS: dict[str, dict[str, Callable[[Any, Target], PrimFunc]]] = {
     "int8_matmul": {"cuda": cuda_gemm.build},
-    "qordered_longformer_attention.attention": {"llvm": longformer.attention},
-    "qordered_longformer_attention.gather_global_rows": {"llvm": longformer.gather_global_rows},
-    "qordered_longformer_attention.global_tokens": {"llvm": longformer.global_tokens},
-    "nsa_compress_attention.attend_select": {"llvm": nsa.attend_select},
+    "qordered_longformer_attention.attention": {
+        "cuda": cuda_longformer.attention,
+        "llvm": longformer.attention,
+    },
+    "qordered_longformer_attention.gather_global_rows": {
+        "cuda": cuda_longformer.gather_global_rows,
+        "llvm": longformer.gather_global_rows,
+    },
+    "qordered_longformer_attention.global_tokens": {
+        "cuda": cuda_longformer.global_tokens,
+        "llvm": longformer.global_tokens,
+    },
+    "nsa_compress_attention.attend_select": {
+        "cuda": cuda_nsa.attend_select,
+        "llvm": nsa.attend_select,
+    },
     "speed_fusion_attention.fused": {
         "cuda": cuda_attention.build_attention,
         "llvm": attention.build_attention,

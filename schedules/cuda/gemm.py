@@ -18,7 +18,7 @@ through all of them, and integer partial sums meet in shared memory, in any orde
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING
@@ -35,6 +35,9 @@ from ..intrin import cuda as ptx
 from ..intrin.cuda import CHUNK_BYTES as CHUNK
 from . import arch as archs
 from .arch import WARP, Arch
+from .attention_place import named
+from .gemm_config import GemmConfig, configure
+from .guard import guard
 from .override import overridden
 
 if TYPE_CHECKING:
@@ -48,55 +51,38 @@ the second-level cache.
 """
 
 
-@dataclass(frozen=True)
-class GemmConfig:
-    """Tile of a block, in rows, columns and bytes of K, and how its warps divide it."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps_m: int
-    warps_n: int
-    warps_k: int = 1
-    stages: int = 4
-
-    @property
-    def threads(self) -> int:
-        return self.warps_m * self.warps_n * self.warps_k * WARP
-
-    @property
-    def warp_m(self) -> int:
-        return self.block_m // self.warps_m
-
-    @property
-    def warp_n(self) -> int:
-        return self.block_n // self.warps_n
-
-    @property
-    def stage_bytes(self) -> int:
-        return (self.block_m + self.block_n) * self.block_k
-
-    def shared_bytes(self, item: int) -> int:
-        """Of the stages, or of what the epilogue puts in their place."""
-        if self.warps_k > 1:
-            after = self.warps_k * self.block_m * self.block_n * 4
-        else:
-            after = self.warps_m * self.warps_n * 16 * (self.warp_n * item + CHUNK)
-        return max(self.stages * self.stage_bytes, after)
-
-
 def build(problem: Problem, target: Target) -> PrimFunc:
     """The kernel ``int8_matmul``: buffers a, b, the operands and y."""
     arch = archs.of(target)
-    return _Kernel(problem, overridden(configure(problem, arch)), arch).build()
+    configs = {rows: overridden(config) for rows, config in configure(problem, arch).items()}
+    return emit(problem, configs, arch)
 
 
-def configure(problem: Problem, arch: Arch) -> GemmConfig:
-    """Few rows: warps split K, so that narrow tiles still give every multiprocessor a block."""
-    stages = 4 if arch.cp_async else 2
-    if isinstance(problem.m, int) and problem.m <= 16:
-        return GemmConfig(16, 32, 256, 1, 1, warps_k=8, stages=min(stages + 2, 6))
-    return GemmConfig(128, 128, 64, 2, 4, stages=stages)
+def emit(problem: Problem, configs: dict[int | None, GemmConfig], arch: Arch) -> PrimFunc:
+    """The same with ``configs`` by the number of rows, as ``configure`` has them."""
+    p = problem
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("int8_gemm")
+        T.func_attr({"tirx.noalias": True})
+        types = {"a": p.a, "b": p.b}
+        types |= {f"operand{i}": type_ for i, type_ in enumerate(p.operands)}
+        types["y"] = p.y
+        buffers = [
+            T.arg(name, T.buffer([*type_.shape], str(type_.dtype))) for name, type_ in types.items()
+        ]
+        with ExitStack() as otherwise:
+            known = isinstance(p.m, int) and isinstance(p.batch, int)
+            # An empty grid cannot be launched.
+            otherwise.enter_context(guard(p.batch * p.m > 0, not known))
+            for most, config in configs.items():
+                if most is None:
+                    _Kernel(p, config, arch, buffers).launch()
+                    continue
+                otherwise.enter_context(T.If(p.m <= most))
+                with T.Then():
+                    _Kernel(p, config, arch, buffers).launch()
+                otherwise.enter_context(T.Else())
+    return builder.get()
 
 
 @dataclass(frozen=True)
@@ -114,34 +100,25 @@ class _Rows:
 
 
 class _Kernel:
-    """Emits the body; one object per PrimFunc under construction."""
+    """Emits one launch; one object for each."""
 
-    def __init__(self, problem: Problem, config: GemmConfig, arch: Arch):
+    def __init__(self, problem: Problem, config: GemmConfig, arch: Arch, buffers: list):
         self.p, self.c, self.arch = problem, config, arch
+        self.a, self.b, *self.operands, self.y = buffers
         self.item = DataType(problem.y.dtype).bits // 8
 
-    def build(self) -> PrimFunc:
+    def launch(self) -> None:
         p, c = self.p, self.c
-        with IRBuilder() as builder, T.prim_func(s_tir=True):
-            T.func_name("int8_gemm")
-            T.func_attr({"tirx.noalias": True})
-            types = {"a": p.a, "b": p.b}
-            types |= {f"operand{i}": type_ for i, type_ in enumerate(p.operands)}
-            types["y"] = p.y
-            self.a, self.b, *self.operands, self.y = (
-                T.arg(name, T.buffer([*type_.shape], str(type_.dtype)))
-                for name, type_ in types.items()
-            )
-            tiles_m, tiles_n = _tiles(p.m, c.block_m), _tiles(p.n, c.block_n)
-            with (
-                T.thread_binding(p.batch * tiles_m * tiles_n, thread="blockIdx.x") as block,
-                T.thread_binding(c.threads, thread="threadIdx.x") as thread,
-                T.sblock("root"),
-            ):
-                T.reads([])
-                T.writes([])
-                self._body(block, thread, tiles_m, tiles_n)
-        return builder.get()
+        tiles_m, tiles_n = T.Bind(_tiles(p.m, c.block_m)), _tiles(p.n, c.block_n)
+        blocks = T.Bind(p.batch * tiles_m * tiles_n)
+        with (
+            T.thread_binding(blocks, thread="blockIdx.x") as block,
+            T.thread_binding(c.threads, thread="threadIdx.x") as thread,
+            T.sblock("root"),
+        ):
+            T.reads([])
+            T.writes([])
+            self._body(block, thread, tiles_m, tiles_n)
 
     def _body(self, block: Expr, thread: Expr, tiles_m: Expr, tiles_n: Expr) -> None:
         p, c = self.p, self.c
@@ -159,7 +136,7 @@ class _Kernel:
         self.col = warp % c.warps_n * c.warp_n
 
         z, tile_m, tile_n = _raster(block, tiles_m, tiles_n)
-        self.z = T.Bind(z)
+        self.z = named(z)
         self.rows_a = _Rows(
             lambda row, k: p.a_entry(self.a, p.a_batch(self.z), row, k),
             *(p.m, p.k, gcd(p.a_run, CHUNK)),
@@ -168,8 +145,8 @@ class _Kernel:
             lambda row, k: self.b[p.b_batch(self.z), row, k],
             *(p.n, int(p.b.shape[-1]), CHUNK),
         )
-        self.first_row = T.Bind(tile_m * c.block_m)
-        self.first_col = T.Bind(tile_n * c.block_n)
+        self.first_row = named(tile_m * c.block_m)
+        self.first_col = named(tile_n * c.block_n)
         for i in range(fragments * 4):
             T.buffer_store(self.acc, tirx.const(0, "uint32"), [i])
         steps = _tiles(p.k, c.block_k)
@@ -211,7 +188,7 @@ class _Kernel:
         count = rows * per_row
         for i in range(-(-count // c.threads)):
             index = self.thread + i * c.threads
-            with _guard(index < count, (i + 1) * c.threads > count):
+            with guard(index < count, (i + 1) * c.threads > count):
                 row, byte = index // per_row, index % per_row * size
                 chunk = ptx.swizzle(row, byte // CHUNK, c.block_k // CHUNK)
                 target = base + row * c.block_k + chunk * CHUNK + byte % CHUNK
@@ -393,21 +370,16 @@ def rounded_apart(value: Expr) -> Expr:
 
 def _raster(block: Expr, tiles_m: Expr, tiles_n: Expr) -> tuple[Expr, Expr, Expr]:
     """(z, row tile, column tile): bands of `LOCALITY` row tiles, columns by columns inside."""
-    per_matrix = tiles_m * tiles_n
-    z, rest = block // per_matrix, block % per_matrix
-    band = rest // (LOCALITY * tiles_n)
-    height = tirx.min(tiles_m - band * LOCALITY, LOCALITY)
-    inside = rest - band * (LOCALITY * tiles_n)
-    return z, band * LOCALITY + inside % height, inside // height
+    per_matrix, per_band = tiles_m * tiles_n, LOCALITY * tiles_n
+    z, rest = _divided(block, per_matrix)
+    band, inside = _divided(rest, per_band)
+    column, row = _divided(inside, named(tirx.min(tiles_m - band * LOCALITY, LOCALITY)))
+    return z, band * LOCALITY + row, column
 
 
-def _guard(condition: Expr, needed: bool) -> AbstractContextManager:
-    if not needed:
-        return nullcontext()
-    stack = ExitStack()
-    stack.enter_context(T.If(condition))
-    stack.enter_context(T.Then())
-    return stack
+def _divided(number: Expr, by: Expr) -> tuple[Expr, Expr]:
+    """Quotient and remainder of what is not negative, which TVM cannot prove here."""
+    return named(tirx.truncdiv(number, by)), named(tirx.truncmod(number, by))
 
 
 def _tiles(size: Dim, tile: int) -> Expr:

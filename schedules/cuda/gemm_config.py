@@ -1,0 +1,105 @@
+"""How a block of the int8 matrix product is cut, by architecture and problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import inf
+from typing import TYPE_CHECKING
+
+from ..intrin.cuda import CHUNK_BYTES as CHUNK
+from .arch import WARP, Arch
+
+if TYPE_CHECKING:
+    from ...relay_ops.int8_matmul import Problem
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile of a block, in rows, columns and bytes of K, and how its warps divide it."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps_m: int
+    warps_n: int
+    warps_k: int = 1
+    stages: int = 4
+
+    @property
+    def threads(self) -> int:
+        return self.warps_m * self.warps_n * self.warps_k * WARP
+
+    @property
+    def warp_m(self) -> int:
+        return self.block_m // self.warps_m
+
+    @property
+    def warp_n(self) -> int:
+        return self.block_n // self.warps_n
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.block_m + self.block_n) * self.block_k
+
+    def shared_bytes(self, item: int) -> int:
+        """Of the stages, or of what the epilogue puts in their place."""
+        if self.warps_k > 1:
+            after = self.warps_k * self.block_m * self.block_n * 4
+        else:
+            after = self.warps_m * self.warps_n * 16 * (self.warp_n * item + CHUNK)
+        return max(self.stages * self.stage_bytes, after)
+
+
+_STREAMING = (
+    GemmConfig(16, 16, 256, 1, 1, warps_k=8, stages=6),
+    GemmConfig(16, 32, 256, 1, 1, warps_k=8, stages=6),
+    GemmConfig(32, 32, 256, 1, 1, warps_k=8),
+    GemmConfig(64, 32, 256, 1, 1, warps_k=8),
+)
+"""For as many rows as a tile has, or fewer: one tile reads a weight once."""
+
+_TILES = (
+    GemmConfig(128, 256, 64, 2, 4),
+    GemmConfig(128, 128, 64, 2, 4),
+    GemmConfig(64, 128, 64, 2, 2),
+    GemmConfig(64, 64, 128, 2, 2),
+    GemmConfig(32, 32, 256, 1, 1, warps_k=8),
+)
+"""Largest first: each byte in shared memory serves more products, but fewer blocks run at once."""
+
+_FILLED = 2 * 108
+"""Blocks that keep an A100 busy: two for each multiprocessor."""
+
+
+def configure(problem: Problem, arch: Arch) -> dict[int | None, GemmConfig]:
+    """Most rows -> how to cut that many, ascending; None: any number.
+
+    The largest tile that leaves enough blocks. Few rows: warps split K, so that narrow tiles still
+    give every multiprocessor a block. Where only the call knows the rows, it chooses between both.
+    """
+    m = problem.m if isinstance(problem.m, int) else None
+    few = _STREAMING[-1].block_m
+    if m is None:
+        found = {few: _STREAMING[-1], None: _TILES[1]}
+    elif m <= few:
+        found = {None: _streaming(problem, m)}
+    else:
+        found = {None: _tiled(problem, m, arch)}
+    return found if arch.cp_async else {m: replace(c, stages=2) for m, c in found.items()}
+
+
+def _streaming(problem: Problem, m: int) -> GemmConfig:
+    fitting = [config for config in _STREAMING if config.block_m >= m]
+    enough = m > fitting[0].block_m or _blocks(problem, m, fitting[1]) >= _FILLED // 2
+    return fitting[1] if fitting[0].block_n < fitting[1].block_n and enough else fitting[0]
+
+
+def _tiled(problem: Problem, m: int, arch: Arch) -> GemmConfig:
+    # A thread of the widest tile has no register left for copies that pass through it.
+    tiles = _TILES if arch.cp_async else _TILES[1:]
+    return next((c for c in tiles if _blocks(problem, m, c) >= _FILLED), _TILES[-1])
+
+
+def _blocks(problem: Problem, m: int, config: GemmConfig) -> float:
+    batch = problem.batch if isinstance(problem.batch, int) else inf
+    return batch * -(-m // config.block_m) * -(-problem.n // config.block_n)

@@ -1,0 +1,378 @@
+"""The int8 matrix product for NVIDIA GPUs: the kernel in the interpreter of GPU threads, exactly;
+both operators around it; the instructions it consists of, its registers and shared memory.
+"""
+
+import functools
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+import simt
+import tvm
+from simt import graph
+from tvm import relax, tirx
+
+from opferry.driver import target as targets
+from opferry.frontend.builders import node_model
+from opferry.frontend.importer import import_model
+from opferry.frontend.model import load, prepare
+from opferry.reference.compare import compare
+from opferry.relay_ops import int8_matmul as products
+from opferry.relay_ops import quant
+from opferry.relay_ops.orders import Order
+from opferry.schedules.cuda import gemm, gemm_config
+from opferry.schedules.cuda.arch import ARCHS, THREAD_REGISTERS
+from opferry.schedules.cuda.gemm_config import GemmConfig, configure
+
+OUTPUTS = {"int8": np.int8, "int32": np.int32, "float16": np.float16}
+OUTPUTS["bfloat16"] = ml_dtypes.bfloat16
+CONFIGS = dict.fromkeys((*gemm_config._TILES, *gemm_config._STREAMING))
+SMALL = GemmConfig(32, 32, 64, 2, 1)
+ENTRIES = {"row": products.row_major, "col32": products.col32, "transposed": products.transposed}
+
+
+def int8(rng, *shape):
+    """All of int8, with -128 often."""
+    x = rng.integers(-128, 128, shape)
+    return np.where(rng.random(shape) < 0.05, -128, x).astype(np.int8)
+
+
+def problem(m, n, k, out="int8", entry="row", batch=1, order=Order.ROW):
+    """y = acc * scale[col] + bias[col] + token[row] in ``out``; acc itself for int32."""
+
+    def tensor(dtype, *shape):
+        return relax.TensorType(shape, dtype)
+
+    def epilogue(acc, at, scale, bias, token):
+        if out == "int32":
+            return acc
+        value = acc.astype("float32") * scale[at.col] + bias[at.col] + token[at.row]
+        return quant.to_int8(value) if out == "int8" else value.astype(out)
+
+    a = {"row": (m, k), "col32": (k // 32, m, 32), "transposed": (k, m)}[entry]
+    y = (n // 32, m, 32) if order is Order.COL32 else (m, n)
+    return products.Problem(
+        batch=batch,
+        m=m,
+        n=n,
+        k=k,
+        a=tensor("int8", batch, *a),
+        a_entry=ENTRIES[entry],
+        a_batch=lambda z: z,
+        a_run={"row": k, "col32": 32}.get(entry, 1),
+        b=tensor("int8", 1, n, -(-k // 16) * 16),
+        b_batch=lambda z: tirx.const(0, "int64"),
+        operands=(tensor("float32", n), tensor("float32", n), tensor("float32", m)),
+        y=tensor(out, batch, *y),
+        order=order,
+        epilogue=epilogue,
+    )
+
+
+def kernel(p, arch="sm_80", config=None):
+    configs = {None: config} if config else configure(p, ARCHS[arch])
+    return gemm.emit(p, configs, ARCHS[arch])
+
+
+def check(m, n, k, out="int8", arch="sm_80", config=None, entry="row", batch=1, order=Order.ROW):
+    """Every bit of every entry, from memory that held something else."""
+    p = problem(m, n, k, out, entry, batch, order)
+    rng = np.random.default_rng([m, n, k])
+    a, b = int8(rng, batch, m, k), int8(rng, n, k)
+    scale, bias, token = (rng.standard_normal(size).astype(np.float32) for size in (n, n, m))
+    scale *= np.float32(100 / (5400 * np.sqrt(k)))
+    stored = {
+        "row": lambda: a,
+        "col32": lambda: a.reshape(batch, m, k // 32, 32).transpose(0, 2, 1, 3),
+        "transposed": lambda: a.transpose(0, 2, 1),
+    }[entry]()
+    rows = np.pad(b, ((0, 0), (0, -k % 16)))[None]
+    y = np.full([int(d) for d in p.y.shape], 77, OUTPUTS[out])
+    operands = (scale, bias, token)
+    simt.run(kernel(p, arch, config), np.ascontiguousarray(stored), rows, *operands, y)
+    expected = a.astype(np.int32) @ b.T.astype(np.int32)
+    if out != "int32":
+        expected = expected.astype(np.float32) * scale + bias + token[:, None]
+        if out == "int8":
+            expected = np.clip(np.rint(expected), -128, 127)
+    if order is Order.COL32:
+        y = y.transpose(0, 2, 1, 3).reshape(batch, m, n)
+    np.testing.assert_array_equal(y, expected.astype(OUTPUTS[out]))
+
+
+# -- the kernel -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(1, 1, 1), (1, 17, 33), (17, 33, 100), (33, 100, 129), (100, 129, 17), (129, 17, 64)],
+)
+def test_odd_sizes(m, n, k, arch):
+    check(m, n, k, arch=arch)
+
+
+@pytest.mark.parametrize("k", [32, 40, 36, 34, 31])
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+def test_rows_of_every_alignment(k, arch):
+    """Copies of 16, 8 and 4 bytes, and single bytes."""
+    check(40, 24, k, arch=arch, config=replace(SMALL, stages=2 if arch == "sm_75" else 3))
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+@pytest.mark.parametrize("n", [64, 33])  # rows of y aligned to 16 bytes, or not
+@pytest.mark.parametrize("out", OUTPUTS)
+def test_outputs(out, n, arch):
+    config = replace(SMALL, stages=2 if arch == "sm_75" else 4)
+    check(37, n, 70, out, arch, config)
+
+
+@pytest.mark.parametrize("out", OUTPUTS)
+@pytest.mark.parametrize(("m", "k"), [(1, 300), (16, 520), (17, 260), (50, 600)])
+def test_few_rows(m, k, out):
+    check(m, 40, k, out)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.block_m}x{c.block_n}x{c.block_k}")
+def test_tiles(config):
+    """More steps than stages, and tails in all three dimensions."""
+    check(config.block_m + 3, config.block_n + 16, config.block_k * config.stages + 48)
+    check(config.block_m + 3, config.block_n + 16, config.block_k + 48, config=config)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("order", [Order.ROW, Order.COL32], ids=str)
+@pytest.mark.parametrize("m", [5, 70])
+def test_memory_orders(m, order, entry):
+    config = None if m == 5 else SMALL
+    check(m, 64, 96, entry=entry, order=order, batch=2, config=config)
+
+
+def test_order_of_tiles():
+    """Bands of row tiles, the last one narrower, of several matrices."""
+    check(32 * 11 + 5, 70, 16, config=SMALL, batch=2)
+
+
+# -- the operators --------------------------------------------------------------------------------
+
+
+def operator(op, feeds, attrs, stored=(), symbolic=None, arch="sm_80"):
+    """Lowered for a GPU and run here; judged by the reference."""
+    model = node_model(op, feeds, initializers=stored, symbolic=symbolic, **attrs)
+    imported = import_model(prepare(load(model), None), targets.resolve(f"cuda-{arch}"))
+    (y,) = graph.executable(imported.module)(*(feeds[spec.name] for spec in imported.inputs))
+    (verdict,) = compare(op, feeds, attrs, [y])
+    assert verdict.ok, verdict
+
+
+ROW = {"order_A": 1, "order_B": 0, "order_Y": 1}
+TILED_4R2_8C = {"order_A": 2, "order_B": 3, "order_Y": 2}
+TILED_2R_4R4 = {"order_A": 2, "order_B": 4, "order_Y": 2}
+CONSTANTS = ("scale_A", "B", "scale_B", "scale_Y", "bias", "scale_C")
+
+
+@pytest.mark.parametrize("stored", [CONSTANTS, ()], ids=["constant", "run-time"])
+@pytest.mark.parametrize(
+    ("a", "b", "n", "c", "attrs"),
+    [
+        ((1, 33), (), 17, None, ROW),
+        ((2, 3, 17, 40), (), 33, None, ROW),
+        ((3, 19, 36), (3,), 48, (3,), ROW),
+        ((2, 19, 64), (1,), 32, (1,), ROW),
+        ((35, 64), (), 64, None, TILED_4R2_8C),
+        ((2, 35, 64), (2,), 64, (2,), TILED_2R_4R4),
+    ],
+    ids=str,
+)
+def test_qordered_matmul(a, b, n, c, attrs, stored):
+    rng = np.random.default_rng(n)
+    m, k = a[-2:]
+    scale = 100 / (5400 * np.sqrt(k)) * rng.standard_normal(n)
+    feeds = {
+        "A": int8(rng, *a),
+        "scale_A": np.float32(0.5),
+        "B": int8(rng, *b, k, n),
+        "scale_B": scale.astype(np.float32),
+        "scale_Y": np.float32([0.5]),
+        "bias": (rng.standard_normal(n) * 10).astype(np.float32),
+    }
+    if c is not None:
+        feeds |= {"C": int8(rng, *c, m, n), "scale_C": np.float32(0.25)}
+    operator("QOrderedMatMul", feeds, attrs, [name for name in stored if name in feeds])
+
+
+def linear(m, k, n, output, **given):
+    rng = np.random.default_rng([m, k, n])
+    scale = (rng.standard_normal(n) * 100 / (5400 * np.sqrt(k))).astype(np.float32)
+    feeds = {"x1": int8(rng, m, k), "x2": int8(rng, k, n), "scale": scale}
+    return feeds | given, {"output_dtype": output}
+
+
+INT8, INT32, FLOAT16, BFLOAT16 = 3, 6, 10, 16
+BIASES = {
+    "int32": np.arange(-9, 40, 3, np.int32) * 1000,
+    "float16": np.linspace(-20, 20, 17).astype(np.float16),
+    "bfloat16": np.linspace(-20, 20, 17).astype(ml_dtypes.bfloat16),
+    "float32": np.linspace(-20, 20, 17).astype(np.float32),
+}
+TOKENS = np.linspace(-2, 2, 37).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("output", "given"),
+    [
+        (INT8, {"bias": "int32", "offset": np.linspace(-60, 60, 17).astype(np.float32)}),
+        (INT32, {"bias": "int32"}),
+        (INT32, {}),
+        (FLOAT16, {"bias": "int32"}),
+        (FLOAT16, {"bias": "float16", "pertoken_scale": TOKENS}),
+        (FLOAT16, {"bias": "float32", "pertoken_scale": TOKENS}),
+        (BFLOAT16, {"bias": "bfloat16"}),
+        (BFLOAT16, {"bias": "float32", "pertoken_scale": TOKENS}),
+        (BFLOAT16, {"scale": np.linspace(-0.1, 0.1, 17).astype(ml_dtypes.bfloat16)}),
+    ],
+    ids=str,
+)
+def test_npu_quant_matmul(output, given):
+    """All that an epilogue may read."""
+    given = given | ({"bias": BIASES[given["bias"]]} if "bias" in given else {})
+    feeds, attrs = linear(37, 40, 17, output, **given)
+    operator("NPUQuantMatmul", feeds, attrs, ["x2", "scale"])
+
+
+@pytest.mark.parametrize("stored", [["x2"], []], ids=["constant", "run-time"])
+@pytest.mark.parametrize("transposed", [{"transpose_x1": 1}, {"transpose_x2": 1}], ids=str)
+def test_transposed_operands(transposed, stored):
+    feeds, attrs = linear(33, 20, 34, FLOAT16)
+    for name in transposed:
+        operand = name.removeprefix("transpose_")
+        feeds[operand] = np.ascontiguousarray(feeds[operand].T)
+    operator("NPUQuantMatmul", feeds, attrs | transposed, stored)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [((2, 1), (3,)), ((3,), (2, 1)), ((1,), (4,)), ((2, 3), (2, 3))], ids=str
+)
+def test_broadcast_batches(left, right):
+    rng = np.random.default_rng(0)
+    feeds, attrs = linear(17, 20, 33, INT8)
+    feeds |= {"x1": int8(rng, *left, 17, 20), "x2": int8(rng, *right, 20, 33)}
+    operator("NPUQuantMatmul", feeds, attrs)
+
+
+@pytest.mark.parametrize("rows", [1, 37, 130])
+@pytest.mark.parametrize("given", [{}, {"pertoken_scale": TOKENS}], ids=["plain", "tokens"])
+def test_rows_known_at_the_call(rows, given):
+    if "pertoken_scale" in given:
+        given = {"pertoken_scale": np.resize(TOKENS, rows)}
+    feeds, attrs = linear(rows, 48, 17, FLOAT16, **given)
+    names = {"x1": {0: "m"}} | {name: {0: "m"} for name in given}
+    operator("NPUQuantMatmul", feeds, attrs, ["x2", "scale"], names)
+
+
+def test_no_rows():
+    """A part of a graph may have none: nothing is launched."""
+    m = tirx.Var("m", "int64")
+    p = replace(problem(1, 16, 32), m=m)
+    shape = {"a": (1, m, 32), "y": (1, m, 16)}
+    p = replace(p, **{name: relax.TensorType(dims, "int8") for name, dims in shape.items()})
+    token = relax.TensorType((m,), "float32")
+    p = replace(p, operands=(*p.operands[:2], token))
+    zeros = np.zeros(16, np.float32)
+    none, b = np.zeros((1, 0, 32), np.int8), np.zeros((1, 16, 32), np.int8)
+    simt.run(kernel(p), none, b, zeros, zeros, zeros[:0], np.zeros((1, 0, 16), np.int8))
+
+
+# -- tiles, instructions, registers, shared memory ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "tile"),
+    [
+        (4096, 4096, (128, 256)),
+        (8192, 4096, (128, 256)),
+        (2048, 2048, (128, 128)),
+        (512, 4096, (64, 128)),
+        (1024, 1024, (64, 64)),
+        (128, 768, (32, 32)),
+        (64, 4096, (64, 32)),
+        (32, 4096, (32, 32)),
+        (16, 4096, (16, 32)),
+        (1, 768, (16, 16)),
+    ],
+)
+def test_tiles_by_shape(m, n, tile):
+    (config,) = configure(problem(m, n, 4096), ARCHS["sm_80"]).values()
+    assert (config.block_m, config.block_n) == tile
+
+
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
+@pytest.mark.parametrize("out", OUTPUTS)
+def test_every_tile_fits(out, arch):
+    for m in (1, 20, 40, 128, 512, 1024, 2048, 8192):
+        for n in (64, 1024, 4096):
+            (config,) = configure(problem(m, n, 4096, out), arch).values()
+            assert config.shared_bytes(np.dtype(OUTPUTS[out]).itemsize) <= arch.shared_per_block
+            assert config.threads * THREAD_REGISTERS <= arch.registers_per_sm
+
+
+@functools.lru_cache(maxsize=64)
+def source(arch, m, n, entry="row", out="int8"):
+    """CUDA C++ of the product of m x 1024 and 1024 x n."""
+    func = kernel(problem(m, n, 1024, out, entry), arch).with_attr("global_symbol", "gemm")
+    built = tvm.compile(tvm.IRModule({"gemm": func}), targets.resolve(f"cuda-{arch}"))
+    return built.mod.imports[0].inspect_source()
+
+
+@pytest.mark.parametrize("m", [16, 64, 2048])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_instructions(arch, m):
+    text = source(arch, m, 2048)
+    old = arch == "sm_75"
+    shape = "m8n8k16" if old else "m16n8k32"
+    expected = f"mma.sync.aligned.{shape}.row.col.s32.s8.s8.s32"
+    assert set(re.findall(r"mma\.sync[\w.]*", text)) == {expected}
+    assert "ldmatrix.sync.aligned.m8n8.x4.shared.b16" in text
+    assert ("cp.async.cg.shared.global" in text) != old
+    assert ("ld.global.v4.b32" in text) == old
+
+
+def resources(text, arch, folder):
+    """(registers, bytes spilled) as ptxas says."""
+    (folder / "kernel.cu").write_text(text)
+    command = ["nvcc", "-cubin", "-arch", arch, "-Xptxas", "-v", "-o", folder / "kernel.cubin"]
+    done = subprocess.run(
+        [*command, folder / "kernel.cu"], capture_output=True, text=True, check=True
+    )
+    (registers,) = (int(n) for n in re.findall(r"Used (\d+) registers", done.stderr))
+    return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(
+    ("m", "n", "entry", "out"),
+    [
+        (4096, 4096, "row", "int8"),
+        (2048, 2048, "row", "float16"),
+        (512, 4096, "col32", "int8"),
+        (1024, 1024, "row", "int32"),
+        (128, 512, "row", "int8"),
+        (64, 4096, "row", "bfloat16"),
+        (16, 4096, "transposed", "int8"),
+    ],
+)
+@pytest.mark.parametrize(
+    "arch",
+    [a if a in ("sm_75", "sm_80") else pytest.param(a, marks=pytest.mark.slow) for a in ARCHS],
+)
+def test_registers_and_spills(arch, m, n, entry, out, tmp_path):
+    if (arch, out) == ("sm_75", "bfloat16"):
+        out = "float16"
+    registers, spilled = resources(source(arch, m, n, entry, out), arch, tmp_path)
+    assert not spilled
+    (config,) = configure(problem(m, n, 1024, out), ARCHS[arch]).values()
+    assert registers * config.threads <= ARCHS[arch].registers_per_sm

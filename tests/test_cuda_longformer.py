@@ -1,0 +1,371 @@
+"""QOrderedLongformerAttention for NVIDIA GPUs: the whole node with its kernels in the interpreter
+of GPU threads, against the NumPy reference; the tiles that are not computed; instructions,
+registers and shared memory.
+"""
+
+import functools
+import math
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import simt
+import tvm
+from simt import graph
+
+from opferry.driver import device_code
+from opferry.driver import target as targets
+from opferry.driver.build import generate
+from opferry.frontend.builders import node_model
+from opferry.frontend.importer import import_model
+from opferry.frontend.model import prepare
+from opferry.reference.compare import compare
+from opferry.relay_ops.orders import Order
+from opferry.relay_ops.qordered_longformer_attention import Problem
+from opferry.runtime.errors import UnsupportedError
+from opferry.schedules.cuda import longformer
+from opferry.schedules.cuda.arch import ARCHS, THREAD_REGISTERS
+from opferry.schedules.cuda.longformer_block import shared_bytes
+
+OP = "QOrderedLongformerAttention"
+ROW, COL32, COL4_4R2_8C, COL32_2R_4R4 = 1, 2, 3, 4
+AT_RUN_TIME = ("input", "mask", "global")
+
+
+def f32(*values):
+    return np.array(values, np.float32)
+
+
+# The specification's worked example; weights as the bytes that it prints.
+EXAMPLE = {
+    "input": np.array([[[8, -4], [2, 6], [-6, 3], [5, 5]]], np.int8),
+    "scale_input": f32(0.125),
+    "weight": np.array([10, 5, -3, 8, 4, -6, 7, 2, 20, -9, -12, 16], np.int8).reshape(2, 6),
+    "scale_weight": f32(0.0625),
+    "bias": f32(0.5, 0, 0, -0.5, 1, 0),
+    "scale_bias": f32(np.nan),
+    "scale_qkv_gemm": f32(0.125),
+    "mask": np.array([[0, 0, 0, -10000]], np.float16),
+    "global_weight": np.array([-7, 3, 4, 9, 6, 5, -2, 12, 11, -14, 30, 8], np.int8).reshape(2, 6),
+    "scale_global_weight": f32(0.0625),
+    "global_bias": f32(0, 0, 1, 0, 0, -2),
+    "scale_global_gemm": f32(0.125),
+    "global": np.array([[1, 0, 0, 0]], np.int32),
+    "scale_output": f32(0.03125),
+}
+EXAMPLE_OUTPUT = [[[-4, 3], [14, -3], [7, 3], [0, 0]]]
+
+
+def weights(hidden):
+    """Operands other than input, mask, global: projections of deviation 40 in int8."""
+    rng = np.random.default_rng(hidden)
+    scale = np.float32(40 / (74 * 74 * math.sqrt(hidden)))
+    return {
+        "weight": rng.integers(-128, 128, (hidden, 3 * hidden), np.int8),
+        "global_weight": rng.integers(-128, 128, (hidden, 3 * hidden), np.int8),
+        "bias": rng.normal(0, 3, 3 * hidden).astype(np.float32),
+        "global_bias": rng.normal(0, 3, 3 * hidden).astype(np.float32),
+        "scale_input": f32(0.03),
+        "scale_weight": f32(scale),
+        "scale_global_weight": (rng.uniform(0.7, 1.4, 3 * hidden) * scale).astype(np.float32),
+        "scale_bias": f32(-1),
+        "scale_qkv_gemm": f32(0.03),
+        "scale_global_gemm": f32(0.04),
+        "scale_output": f32(0.02),
+    }
+
+
+def data(batch, seq, hidden, counts, padding=0.2):
+    """counts[b] global tokens in batch entry b, anywhere; any non-zero value is a flag."""
+    rng = np.random.default_rng([batch, seq, hidden])
+    flags = np.zeros((batch, seq), np.int32)
+    for b, count in enumerate(counts):
+        flags[b, rng.permutation(seq)[:count]] = rng.choice([1, -1, 7], count)
+    return {
+        "input": rng.integers(-128, 128, (batch, seq, hidden), np.int8),
+        "mask": np.where(rng.random((batch, seq)) < padding, -10000, 0).astype(np.float16),
+        "global": flags,
+    }
+
+
+@functools.cache
+def build(N, D, W, orders=(ROW, 0, 0), arch="sm_80", shape=None):
+    """(function of the run-time inputs, its weights, attributes); B and S of ``shape``, or open."""
+    fixed = weights(N * D)
+    attrs = {
+        "num_heads": N,
+        "window": W,
+        "order_input": orders[0],
+        "order_weight": orders[1],
+        "order_global_weight": orders[2],
+        "order_output": orders[0],
+    }
+    feeds = {**fixed, **data(*(shape or (1, 2 * W)), N * D, [0])}
+    symbolic = {name: {0: "B", 1: "S"} for name in AT_RUN_TIME} if shape is None else None
+    model = node_model(OP, feeds, initializers=[*fixed], symbolic=symbolic, **attrs)
+    imported = import_model(prepare(model, None), targets.resolve(f"cuda-{arch}"))
+    names = [spec.name for spec in imported.inputs]
+    call = graph.executable(imported.module)
+    return lambda feeds: call(*(feeds[name] for name in names))[0], fixed, attrs
+
+
+def check(built, values):
+    call, fixed, attrs = built
+    feeds = {**fixed, **values}
+    y = call(feeds)
+    (verdict,) = compare(OP, feeds, attrs, [y])
+    assert verdict.ok, verdict
+    return y
+
+
+# -- the node -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+def test_worked_example(arch):
+    attrs = {"num_heads": 1, "window": 1, "order_input": ROW, "order_output": ROW}
+    stored = [name for name in EXAMPLE if name not in AT_RUN_TIME]
+    model = prepare(node_model(OP, EXAMPLE, initializers=stored, **attrs), None)
+    imported = import_model(model, targets.resolve(f"cuda-{arch}"))
+    call = graph.executable(imported.module)
+    (y,) = call(*(EXAMPLE[spec.name] for spec in imported.inputs))
+    assert y.tolist() == EXAMPLE_OUTPUT
+
+
+# N, D, W, then (B, blocks of 2W, global tokens of the batch entries).
+SHAPES = {
+    "tiny": (1, 1, 1, [(1, 1, [0]), (3, 2, [1, 0, 4])]),
+    "odd head": (3, 5, 3, [(2, 1, [0, 6]), (1, 30, [20])]),
+    "head 12": (2, 12, 10, [(1, 5, [1])]),
+    "head 40": (2, 40, 33, [(2, 3, [5, 0])]),
+    "head 64, several tiles": (1, 64, 32, [(1, 5, [1]), (1, 6, [140])]),
+    "head 96": (1, 96, 8, [(1, 9, [2])]),
+    "head 160": (1, 160, 16, [(1, 3, [2])]),
+    "wide window": (1, 16, 150, [(1, 1, [9])]),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(shape):
+    """One module serves every batch size and length."""
+    N, D, W, runs = shape
+    built = build(N, D, W)
+    for batch, blocks, counts in runs:
+        check(built, data(batch, 2 * W * blocks, N * D, counts))
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_86"])
+def test_architectures(arch):
+    check(build(2, 24, 10, arch=arch, shape=(2, 60)), data(2, 60, 48, [3, 0]))
+
+
+@pytest.mark.parametrize(
+    ("N", "D", "orders"),
+    [
+        (2, 16, (COL32, COL4_4R2_8C, COL4_4R2_8C)),
+        (3, 32, (COL32, COL32_2R_4R4, COL4_4R2_8C)),
+        (8, 12, (COL32, COL4_4R2_8C, COL32_2R_4R4)),
+    ],
+    ids=str,
+)
+def test_tiled_orders(N, D, orders):
+    built = build(N, D, 3, orders)
+    for batch, seq, counts in [(2, 18, [2, 0]), (1, 6, [0])]:
+        check(built, data(batch, seq, N * D, counts))
+
+
+def test_masks():
+    """Padded rows are zeros; zero of either sign is a token; other values shift the scores."""
+    built = build(1, 16, 8)
+    values = data(2, 160, 16, [3, 0])
+    values["mask"][0] = np.random.default_rng(0).choice(
+        np.array([0, -0.0, 2.5, -np.inf, -65504, -1e-7], np.float16), 160
+    )
+    values["mask"][1] = -10000
+    y = check(built, values)
+    assert not y[values["mask"] < 0].any()
+
+
+def test_padding_at_the_end():
+    """Tiles without a token are not computed, and zeros all the same."""
+    values = data(1, 320, 16, [2], padding=0)
+    values["mask"][:, 100:] = -65504
+    check(build(1, 16, 8), values)
+
+
+def test_large_scores():
+    """Projections at the ends of int8 with a large scale: weights of one key."""
+    call, fixed, attrs = build(1, 16, 8)
+    values = data(1, 48, 16, [1])
+    values["input"] = np.where(values["input"] < 0, -128, 127).astype(np.int8)
+    check((call, fixed, attrs), values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(24))
+def test_sweep(seed):
+    rng = np.random.default_rng(seed)
+    N, D, W = (int(rng.integers(1, top)) for top in (4, 100, 40))
+    batch, blocks = (int(rng.integers(1, top)) for top in (3, 6))
+    seq = 2 * W * blocks
+    counts = [int(rng.integers(0, min(seq, 40))) for _ in range(batch)]
+    arch = str(rng.choice(list(ARCHS)))
+    check(build(N, D, W, arch=arch), data(batch, seq, N * D, counts))
+
+
+def test_the_whole_node_becomes_cuda():
+    """Every kernel runs on the GPU, whatever the host learns of the number of global tokens."""
+    fixed = weights(64)
+    attrs = {"num_heads": 2, "window": 8, "order_input": ROW, "order_output": ROW}
+    symbolic = {name: {0: "B", 1: "S"} for name in AT_RUN_TIME}
+    feeds = {**fixed, **data(1, 16, 64, [0])}
+    model = node_model(OP, feeds, initializers=[*fixed], symbolic=symbolic, **attrs)
+    target = targets.resolve("cuda-sm_80")
+    module = generate(import_model(prepare(model, None), target), target)
+    (source,) = device_code.sources(module.mod)
+    kernels = set(re.findall(r"__global__ void .*?(\w+)_kernel", source))
+    names = ("attention", "gather_global_rows", "gemm", "global_tokens")
+    assert {f"qordered_longformer_attention_{name}" for name in names} <= kernels
+    assert "to_vdevice" not in module.as_text()
+
+
+# -- the kernels ----------------------------------------------------------------------------------
+
+
+def problem(N, D, W, batch=1, seq=64, order=Order.ROW):
+    return Problem(batch, seq, N, D, W, order)
+
+
+def tokens(flags):
+    """What the kernel ``global_tokens`` finds, from memory that held something else."""
+    B, S = flags.shape
+    func = longformer.global_tokens(problem(1, 16, 1, B, S), targets.resolve("cuda-sm_80"))
+    shapes = {(B, S): "int32", (B, S + 1): "int32", (B,): "int32", (2,): "int64"}
+    found = [np.full(shape, -9, dtype) for shape, dtype in shapes.items()]
+    simt.run(func, flags, *found)
+    return found
+
+
+@pytest.mark.parametrize(("B", "S"), [(1, 1), (3, 33), (40, 7), (2, 2100)])
+@pytest.mark.parametrize("share", [0, 0.1, 1])
+def test_global_tokens(share, B, S):
+    flags = (np.random.default_rng(S).random((B, S)) < share).astype(np.int32) * -3
+    positions, rank, offsets, sizes = tokens(flags)
+    for b in range(B):
+        (expected,) = flags[b].nonzero()
+        assert positions[b, : len(expected)].tolist() == expected.tolist()
+        assert (positions[b, len(expected) :] == -9).all()
+    counts = (flags != 0).sum(1)
+    assert (rank[:, 1:] == (flags != 0).cumsum(1)).all()
+    assert (rank[:, 0] == 0).all()
+    assert offsets.tolist() == (counts.cumsum() - counts).tolist()
+    assert sizes.tolist() == [counts.sum(), B * S if counts.sum() else 0]
+
+
+def attend(func, feeds, blocks=None):
+    y = np.full((1, feeds["rank"].shape[1] - 1, feeds["gq"].shape[2]), 99, np.int8)
+    simt.run(func, *feeds.values(), y, blocks=blocks)
+    return y
+
+
+def test_keys_out_of_reach_are_not_computed():
+    """The mask is NaN there: a score of such a key, even with a weight of 0, would show."""
+    S, D, W, rows = 640, 16, 32, 128
+    rng = np.random.default_rng(1)
+    flags = np.zeros((1, S), np.int32)
+    flags[0, 300] = 1
+    positions, rank, offsets, _ = tokens(flags)
+    positions[positions < 0] = 0
+    feeds = {
+        "qkv": rng.integers(-128, 128, (1, S, 3 * D), np.int8),
+        "gq": rng.integers(-128, 128, (1, 1, D), np.int8),
+        "gkv": rng.integers(-128, 128, (1, S, 2 * D), np.int8),
+        "mask": np.zeros((1, S), np.float16),
+        "positions": positions,
+        "rank": rank,
+        "offsets": offsets,
+        "scale_qkv_gemm": f32(0.03),
+        "scale_global_gemm": f32(0.03),
+        "scale_output": f32(0.02),
+    }
+    p = problem(1, D, W, 1, S)
+    func = longformer.attention(p, targets.resolve("cuda-sm_80"))
+    whole = attend(func, feeds)
+    assert longformer.configure(p, ARCHS["sm_80"]).rows == rows
+    for tile in range(S // rows):
+        first, last = tile * rows, (tile + 1) * rows
+        far = np.ones(S, bool)
+        far[max(first - W, 0) : last + W] = False
+        far[300] = False
+        mask = np.where(far, np.float16(np.nan), np.float16(0))[None]
+        got = attend(func, feeds | {"mask": mask}, [(2 + tile, 0, 0)])
+        np.testing.assert_array_equal(
+            got[:, first:last],
+            np.where(np.arange(first, last)[:, None] == 300, 99, whole[:, first:last]),
+        )
+
+
+def test_heads_that_are_too_wide():
+    with pytest.raises(UnsupportedError, match="found head size 257, allowed at most 256"):
+        longformer.attention(problem(1, 257, 4), targets.resolve("cuda-sm_80"))
+
+
+# -- instructions, registers, shared memory -------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def source(arch, kernel, D=64, order=Order.ROW):
+    """CUDA C++ of a kernel of 12 heads of D channels, window 256, 4,096 tokens."""
+    build = getattr(longformer, kernel)
+    func = build(problem(12, D, 256, 2, 4096, order), targets.resolve(f"cuda-{arch}"))
+    module = tvm.IRModule({kernel: func.with_attr("global_symbol", kernel)})
+    return tvm.compile(module, targets.resolve(f"cuda-{arch}")).mod.imports[0].inspect_source()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_instructions(arch):
+    text = source(arch, "attention")
+    depth = 8 if arch == "sm_75" else 16
+    expected = f"mma.sync.aligned.m16n8k{depth}.row.col.f32.f16.f16.f32"
+    assert set(re.findall(r"mma\.sync[\w.]*", text)) == {expected}
+    assert "ldmatrix.sync.aligned.m8n8.x4.shared.b16" in text
+    assert "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16" in text
+    assert "ld.global.v2.b32" in text
+    assert "ex2.approx.ftz.f32" in text
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(
+    ("kernel", "D", "order"),
+    [
+        ("attention", 64, Order.ROW),
+        ("attention", 128, Order.COL32),
+        ("attention", 256, Order.ROW),
+        ("global_tokens", 64, Order.ROW),
+        ("gather_global_rows", 64, Order.COL32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "arch",
+    [a if a in ("sm_75", "sm_80") else pytest.param(a, marks=pytest.mark.slow) for a in ARCHS],
+)
+def test_registers_and_spills(arch, kernel, D, order, tmp_path):
+    (tmp_path / "kernel.cu").write_text(source(arch, kernel, D, order))
+    command = ["nvcc", "-cubin", "-arch", arch, "-Xptxas", "-v", "-o", tmp_path / "kernel.cubin"]
+    done = subprocess.run(
+        [*command, tmp_path / "kernel.cu"], capture_output=True, text=True, check=True
+    )
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr)]
+    assert spills
+    assert not any(spills)
+
+
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
+@pytest.mark.parametrize("D", [1, 64, 128, 256])
+def test_every_tile_fits(D, arch):
+    config = longformer.configure(problem(2, D, 32), arch)
+    assert shared_bytes(config) <= arch.shared_per_block
+    assert config.threads * THREAD_REGISTERS <= arch.registers_per_sm
