@@ -117,11 +117,9 @@ def test_symbolic_sizes():
     check(feeds, attrs, symbolic=SYMBOLIC)
 
 
-@pytest.mark.parametrize(
-    ("group", "warps"), [(2, 1), (4, 1), (8, 1), (32, 2), (64, 4)], ids="G {} of {}".format
-)
-def test_sums_over_heads(group, warps):
-    """Heads of a group within a half, a fragment, a warp, several warps."""
+@pytest.mark.parametrize("group", [2, 4, 8, 32, 64])
+def test_sums_over_heads(group):
+    """Heads of a group within half a fragment, a warp, several warps."""
     check(*make((5,), (40,), group, 1, 16, 16, F16, atten="bool", k=9))
 
 
