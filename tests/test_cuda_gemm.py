@@ -235,7 +235,7 @@ TOKENS = np.linspace(-2, 2, 37).astype(np.float32)
         (BFLOAT16, {"bias": "float32", "pertoken_scale": TOKENS}),
         (BFLOAT16, {"scale": np.linspace(-0.1, 0.1, 17).astype(ml_dtypes.bfloat16)}),
     ],
-    ids=str,
+    ids=lambda given: str(given) if isinstance(given, int) else "-".join(given) or "none",
 )
 def test_npu_quant_matmul(output, given):
     """All that an epilogue may read."""

@@ -31,6 +31,7 @@ from opferry.schedules.cuda.longformer_block import shared_bytes
 
 OP = "QOrderedLongformerAttention"
 ROW, COL32, COL4_4R2_8C, COL32_2R_4R4 = 1, 2, 3, 4
+QUICKLY = [a if a in ("sm_75", "sm_80") else pytest.param(a, marks=pytest.mark.slow) for a in ARCHS]
 AT_RUN_TIME = ("input", "mask", "global")
 
 
@@ -136,8 +137,8 @@ def test_worked_example(arch):
 
 # N, D, W, then (B, blocks of 2W, global tokens of the batch entries).
 SHAPES = {
-    "tiny": (1, 1, 1, [(1, 1, [0]), (3, 2, [1, 0, 4])]),
-    "odd head": (3, 5, 3, [(2, 1, [0, 6]), (1, 30, [20])]),
+    "tiny": (1, 1, 1, [(3, 2, [1, 0, 4])]),
+    "odd head": (3, 5, 3, [(2, 1, [0, 6]), (1, 9, [20])]),
     "head 12": (2, 12, 10, [(1, 5, [1])]),
     "head 40": (2, 40, 33, [(2, 3, [5, 0])]),
     "head 64, several tiles": (1, 64, 32, [(1, 5, [1]), (1, 6, [140])]),
@@ -164,7 +165,7 @@ def test_architectures(arch):
 @pytest.mark.parametrize(
     ("N", "D", "orders"),
     [
-        (2, 16, (COL32, COL4_4R2_8C, COL4_4R2_8C)),
+        pytest.param(2, 16, (COL32, COL4_4R2_8C, COL4_4R2_8C), marks=pytest.mark.slow),
         (3, 32, (COL32, COL32_2R_4R4, COL4_4R2_8C)),
         (8, 12, (COL32, COL4_4R2_8C, COL32_2R_4R4)),
     ],
@@ -242,8 +243,8 @@ def tokens(flags):
     """What the kernel ``global_tokens`` finds, from memory that held something else."""
     B, S = flags.shape
     func = longformer.global_tokens(problem(1, 16, 1, B, S), targets.resolve("cuda-sm_80"))
-    shapes = {(B, S): "int32", (B, S + 1): "int32", (B,): "int32", (2,): "int64"}
-    found = [np.full(shape, -9, dtype) for shape, dtype in shapes.items()]
+    found = [np.full(shape, -9, np.int32) for shape in ((B, S), (B, S + 1), B)]
+    found.append(np.full(2, -9, np.int64))
     simt.run(func, flags, *found)
     return found
 
@@ -324,7 +325,7 @@ def source(arch, kernel, D=64, order=Order.ROW):
     return tvm.compile(module, targets.resolve(f"cuda-{arch}")).mod.imports[0].inspect_source()
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", QUICKLY)
 def test_instructions(arch):
     text = source(arch, "attention")
     depth = 8 if arch == "sm_75" else 16
@@ -342,16 +343,13 @@ def test_instructions(arch):
     [
         ("attention", 64, Order.ROW),
         ("attention", 128, Order.COL32),
-        ("attention", 256, Order.ROW),
+        ("attention", 192, Order.ROW),
         ("global_tokens", 64, Order.ROW),
         ("gather_global_rows", 64, Order.COL32),
     ],
     ids=str,
 )
-@pytest.mark.parametrize(
-    "arch",
-    [a if a in ("sm_75", "sm_80") else pytest.param(a, marks=pytest.mark.slow) for a in ARCHS],
-)
+@pytest.mark.parametrize("arch", QUICKLY)
 def test_registers_and_spills(arch, kernel, D, order, tmp_path):
     (tmp_path / "kernel.cu").write_text(source(arch, kernel, D, order))
     command = ["nvcc", "-cubin", "-arch", arch, "-Xptxas", "-v", "-o", tmp_path / "kernel.cubin"]

@@ -89,9 +89,11 @@ def configure(problem: Problem, arch: Arch) -> dict[int | None, GemmConfig]:
 
 
 def _streaming(problem: Problem, m: int) -> GemmConfig:
+    """The widest of the lowest that fit, as long as every multiprocessor has a block."""
     fitting = [config for config in _STREAMING if config.block_m >= m]
-    enough = m > fitting[0].block_m or _blocks(problem, m, fitting[1]) >= _FILLED // 2
-    return fitting[1] if fitting[0].block_n < fitting[1].block_n and enough else fitting[0]
+    lowest = [config for config in fitting if config.block_m == fitting[0].block_m]
+    enough = [config for config in lowest if _blocks(problem, m, config) >= _FILLED // 2]
+    return enough[-1] if enough else lowest[0]
 
 
 def _tiled(problem: Problem, m: int, arch: Arch) -> GemmConfig:

@@ -136,8 +136,9 @@ def _tilings(problem: Problem, arch: Arch) -> list[AttentionConfig]:
         wide = value_steps * depth * row_tiles
         if rows % problem.group or (row_tiles == 2 and (wide > _WIDTH or not asynchronous)):
             continue
-        # Wide rows of output leave fewer registers for scores.
-        key_tiles = (32, 16) if not tensor_cores or wide > 128 else (64, 32, 16)
+        # Output and queries in registers leave fewer of them for scores.
+        most = 32 if not tensor_cores or wide > 128 else 48 if row_tiles == 2 else 64
+        key_tiles = [keys for keys in (64, 48, 32, 16) if keys <= most]
         found += [
             AttentionConfig(
                 tensor_cores=tensor_cores,
