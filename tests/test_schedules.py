@@ -159,6 +159,15 @@ def test_rows_are_one_kernel(size, symbolic, tmp_path):
         assert "T.Buffer(()" not in graph  # the Clip's bounds are immediates
 
 
+def test_rows_take_no_memory_from_a_pool():
+    """What a row needs between its blocks, 4 KiB a buffer here, lies on the stack."""
+    module = opferry.compile(_model(*QUANTISED, 3, 5, 1024))
+    modules = module._executable().imports
+    assembly = "".join(m.inspect_source("asm") for m in modules if m.kind == "llvm")
+    assert "ParallelLaunch" in assembly
+    assert "AllocWorkspace" not in assembly
+
+
 def test_rows_keep_the_order_of_dependencies():
     """A product between a row's kernels depends on one and feeds another: two kernels, not a
     cycle.

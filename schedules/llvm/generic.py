@@ -68,6 +68,7 @@ class Rows(_Rule):
         trailing = {kind[leading:] for kind in kinds}
         if not leading or not trailing <= {"", "S", "R", "SS", "RR", "SSS", "RRR"}:
             return None
+        parameters = set(sch.mod["main"].params)
         rows: list[LoopRV] = []
         partial: list[SBlockRV] = []
         for info in _without_temporaries(sch, blocks):
@@ -80,6 +81,8 @@ class Rows(_Rule):
             rows.append(sch.fuse(*sch.get_loops(block)[:leading]))
             if info.is_injective() and info.dom_kind()[leading:]:
                 _vectorize_last(sch, block, target)
+            if sch.get(block).writes[0].source not in parameters:
+                sch.set_scope(block, 0, "local")  # a row on the stack, not from the pool
         sch.parallel(sch.merge(*rows) if len(rows) > 1 else rows[0])
         _vectorize_lanes(sch, partial)
         return sch
