@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import prod
 
 from tvm import DataType, tirx
-from tvm.ir import IRModule
+from tvm.ir import IRModule, register_op_attr
 from tvm.ir.transform import PassContext, Sequential, module_pass
 from tvm.s_tir.pipeline import default_s_tir_pipeline
 from tvm.target import Target
@@ -57,3 +57,6 @@ def _pipeline():
 
 
 register_tir_pipeline(_PIPELINE, _pipeline)
+
+# TVM vectorises calls of marked operators only; nearbyint, rounding to even, comes unmarked.
+register_op_attr("tirx.nearbyint", "TVectorizable", True)

@@ -6,9 +6,12 @@ model, the result of its last kernel would be copied once more.
 
 from __future__ import annotations
 
-from tvm import relax
-from tvm.ir import Call, IRModule, Op
+from math import prod
+
+from tvm import relax, tirx
+from tvm.ir import Call, Expr, IRModule, Op
 from tvm.ir.transform import PassContext, module_pass
+from tvm.sym import Analyzer
 
 _CALL_TIR = Op.get("relax.call_tir")
 
@@ -28,9 +31,13 @@ class ViewOutputs:
             call = binding.value
             if not isinstance(call, Call) or call.op != _CALL_TIR or len(call.args[1]) != 1:
                 return binding
+            source = call.args[1][0]
+            # The pattern also fits a copy of the first elements alone.
+            if not _same_size(source.ty.shape, call.ty.shape):
+                return binding
             if not relax.analysis.has_reshape_pattern(module[call.args[0]]):
                 return binding
-            reshape = relax.op.reshape(call.args[1][0], call.ty.shape)
+            reshape = relax.op.reshape(source, call.ty.shape)
             return relax.VarBinding(binding.var, builder.normalize(reshape))
 
         for var, func in module.functions.items():
@@ -41,3 +48,8 @@ class ViewOutputs:
                     func.params, body, func.ret_ty, func.is_pure, func.attrs
                 )
         return module
+
+
+def _same_size(a: Expr, b: Expr) -> bool:
+    sizes = [prod(shape, start=tirx.const(1, "int64")) for shape in (a, b)]
+    return Analyzer().can_prove_equal(*sizes)

@@ -51,7 +51,7 @@ def matmul(target, n, k, m=None, batch=1):
         with bb.dataflow():
             weight = pack_weight(bb, target, b, n=n, k=k, batch=batch)
             left = Left(a, m, batch)
-            y = int8_matmul(bb, "qordered_matmul.gemm", left, weight, lambda acc, at: acc)
+            y = int8_matmul(bb, target, "qordered_matmul.gemm", left, weight, lambda acc, at: acc)
             y = bb.emit_output(y)
         bb.emit_func_output(y)
     lowering = code_generation(target)
