@@ -31,11 +31,11 @@ class ViewOutputs:
             call = binding.value
             if not isinstance(call, Call) or call.op != _CALL_TIR or len(call.args[1]) != 1:
                 return binding
+            if not relax.analysis.has_reshape_pattern(module[call.args[0]]):
+                return binding
             source = call.args[1][0]
             # The pattern also fits a copy of the first elements alone.
             if not _same_size(source.ty.shape, call.ty.shape):
-                return binding
-            if not relax.analysis.has_reshape_pattern(module[call.args[0]]):
                 return binding
             reshape = relax.op.reshape(source, call.ty.shape)
             return relax.VarBinding(binding.var, builder.normalize(reshape))
