@@ -145,15 +145,17 @@ def _check_llvm(target: Target) -> None:
 
 
 def host() -> Target:
-    """This machine. LLVM goes by the model of the CPU; what a hypervisor hides of it is switched
-    off.
+    """This machine. LLVM goes by the model number of the CPU, which a hypervisor may make up: what
+    the CPU lacks of that model is switched off, what it has beyond it switched on.
     """
     target = Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
     here = cpu.features()
-    hidden = [] if here is None else [f for f in required_features(target) if f not in here]
-    if not hidden:
+    if here is None:
         return target
-    return Target({**dict(target.export()), "mattr": [f"-{feature}" for feature in hidden]})
+    model = set(required_features(target))
+    switches = [f"-{name}" for name in sorted(model - here)]
+    switches += [f"+{name}" for name in sorted(here - model)]
+    return Target({**dict(target.export()), "mattr": switches}) if switches else target
 
 
 def required_features(target: Target) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
@@ -62,7 +63,19 @@ def features() -> frozenset[str] | None:
     )
     if flags is None:
         return None
-    return frozenset(name for name, flag in LINUX_FLAGS.items() if flag in flags)
+    found = {name for name, flag in LINUX_FLAGS.items() if flag in flags}
+    if "amx-tile" in found and not _tiles_permitted():
+        found -= {"amx-tile", "amx-int8", "amx-bf16"}
+    return frozenset(found)
+
+
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
+"""System call of x86-64 Linux, its request for a part of the processor's state, and that part."""
+
+
+def _tiles_permitted() -> bool:
+    """Whether Linux lets this process use the matrix tiles of AMX, which it wants to be asked."""
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
 
 
 def architecture() -> str:

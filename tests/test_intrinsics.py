@@ -1,21 +1,20 @@
 """The int8 dot products of x86 and the matmul built on them: meaning, instruction, registers."""
 
-import functools
 import itertools
 import re
 
 import numpy as np
 import pytest
 import tvm
+from hosts import on
 from tvm import relax, tirx
 from tvm.runtime import tensor
 from tvm.target import Target
 
 from opferry.driver.build import pipeline
 from opferry.driver.stack import code_generation
-from opferry.driver.target import TARGETS, required_features, resolve
+from opferry.driver.target import resolve
 from opferry.relay_ops.int8_matmul import Left, int8_matmul, pack_weight
-from opferry.runtime import cpu
 from opferry.schedules.intrin import x86
 from opferry.schedules.llvm.gemm import CONFIGS
 
@@ -27,18 +26,6 @@ TIERS = {
     "x86-64": x86.PORTABLE,
 }
 AARCH64 = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76"}
-
-
-@functools.cache
-def available(target):
-    """Whether this CPU can run code for a short name of TARGETS."""
-    return set(required_features(resolve(target))) <= (cpu.features() or frozenset())
-
-
-def on(target):
-    if not available(target):
-        pytest.skip(f"needs a CPU like {TARGETS[target]['mcpu']}")
-    return target
 
 
 def matmul(target, n, k, m=None, batch=1):

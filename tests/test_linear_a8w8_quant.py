@@ -8,13 +8,13 @@ import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
 import pytest
+from hosts import available, on
 
 import opferry
-from opferry.driver.target import TARGETS, required_features, resolve
+from opferry.driver.target import TARGETS
 from opferry.frontend.builders import node_model
 from opferry.reference.compare import compare
 from opferry.reference.linear_a8w8_quant import trans_quant_param
-from opferry.runtime import cpu
 from opferry.runtime.errors import InvalidInputError, InvalidNodeError
 
 OP = "NPUQuantMatmul"
@@ -28,18 +28,6 @@ DTYPES = {
     "float32": np.float32,
     "bfloat16": ml_dtypes.bfloat16,
 }
-
-
-@functools.cache
-def available(target):
-    """Whether this CPU can run code for a short name of TARGETS."""
-    return set(required_features(resolve(target))) <= (cpu.features() or frozenset())
-
-
-def on(target):
-    if not available(target):
-        pytest.skip(f"needs a CPU like {TARGETS[target]['mcpu']}")
-    return target
 
 
 def f32(*values):

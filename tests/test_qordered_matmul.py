@@ -7,31 +7,19 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hosts import on
 
 import opferry
-from opferry.driver.target import TARGETS, required_features, resolve
+from opferry.driver.target import TARGETS
 from opferry.frontend.builders import node_model
 from opferry.reference.compare import compare
 from opferry.relay_ops.orders import Order, offset
-from opferry.runtime import cpu
 from opferry.runtime.errors import InvalidInputError
 
 OP = "QOrderedMatMul"
 ROW = {"order_A": 1, "order_B": 0, "order_Y": 1}
 TILED_4R2_8C = {"order_A": 2, "order_B": 3, "order_Y": 2}
 TILED_2R_4R4 = {"order_A": 2, "order_B": 4, "order_Y": 2}
-
-
-@functools.cache
-def available(target):
-    """Whether this CPU can run code for a short name of TARGETS."""
-    return set(required_features(resolve(target))) <= (cpu.features() or frozenset())
-
-
-def on(target):
-    if not available(target):
-        pytest.skip(f"needs a CPU like {TARGETS[target]['mcpu']}")
-    return target
 
 
 def f32(*values):

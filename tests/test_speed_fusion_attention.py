@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from hosts import on
 from numpy.testing import assert_allclose, assert_array_equal
 
 import opferry
@@ -215,7 +216,7 @@ def test_lengths_with_one_module(any_length, S1, S2):
         ("x86-64", F32),
         ("haswell", F16),
         ("skylake-avx512", F16),
-        ("znver5", F16),
+        ("cooperlake", F16),
     ],
     ids=str,
 )
@@ -224,7 +225,7 @@ def test_targets(mcpu, dtype):
     feeds["atten_mask"] = random_mask(35, 50)
     check(
         feeds,
-        target={"kind": "llvm", "mcpu": mcpu},
+        target={"kind": "llvm", "mcpu": on(mcpu)},
         head_num=2,
         input_layout="BNSD",
         scale=0.25,
