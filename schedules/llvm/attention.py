@@ -59,6 +59,8 @@ class AttentionConfig:
     """Groups per task: they share one conversion of the keys and values."""
     keys: int
     """C, a multiple of ``unroll`` and ``lanes``."""
+    repeats: int
+    """Steps of a product's reduction in the body of its loop."""
     few: int
     """Up to this many rows a task goes row by row."""
     heads: int = 1
@@ -83,11 +85,17 @@ class AttentionConfig:
 
 
 def configure(problem: AttentionProblem, unit: VectorUnit) -> AttentionConfig:
-    """16 or 12 accumulators, which hide the latency of two multiply-add units; tiles of a size
+    """16 or 12 accumulators, which hide the latency of two multiply-add units; 24 for long heads,
+    whose keys and values leave the first-level cache and are then read less often; tiles of a size
     that leaves keys, values and queries in the second-level cache.
     """
     wide = unit.registers == 32
     large = problem.D > 256
+    long = (
+        wide
+        and 96 < problem.D <= 256
+        and not (isinstance(problem.S1, int) and problem.S1 < LONG_ROWS)
+    )
     keys = {True: 64, False: 48}[wide] if large else {True: 128, False: 96}[wide]
     few = unit.lanes // 2
     heads = parts = 1
@@ -97,7 +105,8 @@ def configure(problem: AttentionProblem, unit: VectorUnit) -> AttentionConfig:
         parts = _parts(problem, problem.N1 // heads, keys)
     return AttentionConfig(
         lanes=unit.lanes,
-        vectors=2,
+        vectors=3 if long else 2,
+        repeats=4,
         unroll=8 if wide else 6,
         groups=(1 if large else 2) * 16 // unit.lanes,
         keys=keys,
@@ -107,6 +116,8 @@ def configure(problem: AttentionProblem, unit: VectorUnit) -> AttentionConfig:
     )
 
 
+LONG_ROWS = 512
+"""From so many query rows on, what the higher tile of the last task computes in vain is little."""
 ROW_TASKS = 32
 """Tasks that occupy the cores of any machine well enough; row by row."""
 PART_TILES = 2

@@ -254,7 +254,8 @@ class Tile(CellTask):
         """acc[k][r] += key k . query r"""
         p, c = self.problem, self.config
         sources = [self._key_source(j0, key, last) for key in keys]
-        with T.serial(p.D) as d:
+
+        def step(d: Expr) -> None:
             for k, source in enumerate(sources):
                 scalar = T.Bind(source(d))
                 for u in range(c.vectors):
@@ -262,6 +263,8 @@ class Tile(CellTask):
                         r = u * c.lanes + v
                         product = scalar * self.queries[group * p.D + d, r]
                         T.buffer_store(acc, acc[k, r] + product, [k, r])
+
+        repeat(p.D, c.repeats, step)
 
     def _fill(self, buffer: tir.Buffer, row: Expr | int, value: Callable[[Expr], Expr]) -> None:
         c = self.config
@@ -373,7 +376,8 @@ class Tile(CellTask):
     ) -> None:
         """acc[k][r] += sum over j of value[j][first + k] * weight[j][r]"""
         c = self.config
-        with T.serial(count) as j:
+
+        def step(j: Expr) -> None:
             for k in range(width):
                 if self.problem.dtype == "float32":
                     scalar = T.Bind(self.kv("value", j0 + j, first + k))
@@ -383,3 +387,16 @@ class Tile(CellTask):
                     with T.vectorized(c.lanes) as v:
                         r = u * c.lanes + v
                         T.buffer_store(acc, acc[k, r] + scalar * self.scores[j, r], [k, r])
+
+        repeat(count, c.repeats, step)
+
+
+def repeat(count: int | Expr, times: int, step: Callable[[Expr], None]) -> None:
+    """step(0), ..., step(count - 1), with ``times`` of them in the body of the loop: the exit of a
+    long loop is foretold wrongly, and a product has one for each register tile.
+    """
+    with T.serial(count // times) as body:
+        for i in range(times):
+            step(body * times + i)
+    with T.serial(count % times) as rest:
+        step(count // times * times + rest)
