@@ -22,8 +22,8 @@ the same values. With fewer than 16 rows in all, tiles are that low. B has the p
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,24 +75,31 @@ def build(problem: Problem, _: Target) -> PrimFunc:
         buffers = [
             T.arg(name, T.buffer([*type_.shape], str(type_.dtype))) for name, type_ in types.items()
         ]
-        with T.sblock("root"):
-            T.reads([])
-            T.writes([])
-            with T.attr(0, amx.IMPORT, amx.SOURCE):
-                _Kernel(problem, CONFIG, buffers).emit()
+        with _block("root"), T.attr(0, amx.IMPORT, amx.SOURCE):
+            _Kernel(problem, CONFIG, buffers).emit()
     return builder.get()
+
+
+@contextmanager
+def _block(name: str) -> Iterator[None]:
+    with T.sblock(name):
+        T.reads([])
+        T.writes([])
+        yield
 
 
 class _Kernel:
     """Emits the statements; one object for each."""
 
     def __init__(self, problem: Problem, config: AmxConfig, buffers: list):
-        self.p, self.c = problem, config
+        p = self.p = problem
+        self.c = config
         self.a, self.b, *self.operands, self.y = buffers
-        _, self.panels, groups, self.cols, _ = map(_known, problem.b.shape)
+        _, self.panels, groups, self.cols, _ = map(_known, p.b.shape)
         self.steps = groups * amx.GROUP // amx.DEPTH
         self.across = self.cols // amx.LANES
-        self.m = _int64(problem.m)
+        self.m = _int64(p.m)
+        self.a_entry: Callable[..., Expr] = lambda z, row, k: p.a_entry(self.a, z, row, k)
         self.rows_a_step = -(-2 * amx.ROWS // self.steps)
 
     def emit(self) -> None:
@@ -116,7 +123,8 @@ class _Kernel:
         per_matrix = _bound(blocks * self.panels)
         tasks = batch * per_matrix
         alone = _known(tasks) == 1  # TVM removes a loop over one value
-        with nullcontext() if alone else T.attr(0, "pragma_parallel_launch_point", 1):
+        launch = nullcontext() if alone else T.attr(0, "pragma_parallel_launch_point", 1)
+        with launch, _block("thread"):  # a block keeps its buffers inside
             self._allocate()
             T.evaluate(amx.configure(tirx.max(self.height, _int64(1))))
             with T.serial(tasks) if alone else T.parallel(tasks) as task:
@@ -132,9 +140,9 @@ class _Kernel:
     def _pack(self) -> None:
         """``a`` becomes rows of whole steps."""
         p, source = self.p, self.a
-        batch = _int64(source.shape[0]) if p.a_run == 1 or len(source.shape) > 2 else _int64(1)
+        batch = _int64(source.shape[0])
         width = self.steps * amx.DEPTH
-        packed = T.alloc_buffer((batch, self.m, _int64(width)), "int8")
+        packed = T.alloc_buffer((batch * self.m * width,), "int8")
         with T.parallel(batch * self.m) as index:
             z, row = _divided(index, self.m)
             with T.serial(width // _CHUNK) as chunk, T.vectorized(_CHUNK) as lane:
@@ -142,8 +150,8 @@ class _Kernel:
                 value = p.a_entry(source, z, row, k)
                 if width != p.k:
                     value = tirx.if_then_else(k < p.k, value, tirx.const(0, "int8"))
-                T.buffer_store(packed, value, [z, row, k])
-        self.a = packed
+                T.buffer_store(packed, value, [index * width + k])
+        self.a_entry = lambda z, row, k: packed[(z * self.m + row) * width + k]
 
     def _allocate(self) -> None:
         """What a thread keeps: two scratches of sums, and which of them has no output yet."""
@@ -180,7 +188,7 @@ class _Kernel:
                 address = T.address_of(self.b[zb, panel, group, column, 0])
                 T.evaluate(amx.load(_b(j), address, self.cols * amx.GROUP))
             for i in range(down):
-                address = T.address_of(self.a[za, starts[i], step * amx.DEPTH])
+                address = T.address_of(self.a_entry(za, starts[i], step * amx.DEPTH))
                 T.evaluate(amx.load(_a(i), address, pitch))
                 for j in range(self.across):
                     T.evaluate(amx.multiply(_sum(i, j), _a(i), _b(j)))
