@@ -148,7 +148,7 @@ def test_inner_loop_keeps_its_tile_in_registers(target, m):
 def test_inner_loop_of_tiles(m, n, loads, products):
     """Each tile of A and B is loaded once a step; sums stay in tiles."""
     text = assembly(matmul(resolve("x86-amx"), n, 512, m))
-    blocks = re.split(r"\n(?=\.\w+:)", text)
+    blocks = re.split(r"\n(?=\.LBB\w+:)", text)
     (loop,) = [block for block in blocks if "tdpbssd" in block]
     assert loop.count("tileloadd") == loads
     assert loop.count("tdpbssd") == products

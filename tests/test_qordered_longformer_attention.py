@@ -282,7 +282,9 @@ def test_large_scores_do_not_overflow():
     agree(built, {**data(9, 2, 12, 32, [1]), **scales})
 
 
-@pytest.mark.parametrize("target", ["x86-64", "x86-avx2", "x86-avx512", "x86-avx512vnni", "x86-amx"])
+@pytest.mark.parametrize(
+    "target", ["x86-64", "x86-avx2", "x86-avx512", "x86-avx512vnni", "x86-amx"]
+)
 def test_instruction_tiers(target):
     mcpu = TARGETS[target]["mcpu"]
     if not needed(target) <= (cpu.features() or set()):

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tvm import DataType, tirx
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
@@ -124,7 +124,7 @@ class _Kernel:
             T.evaluate(amx.release())
 
     def _tasks(self, total: Expr) -> Expr:
-        """Into how many the tiles of the output are divided: a power of two, as cores are, or none."""
+        """Into how many the output's tiles are divided: a power of two, as cores are, or none."""
         tasks = tirx.min(total, _int64(1))
         for i in range(1, self.c.tasks.bit_length()):
             enough = total * self.steps >= self.c.task_steps << i
@@ -238,9 +238,7 @@ class _Kernel:
 
         self._each_column(store)
 
-    def _store_columns(
-        self, z: Expr, m: Expr, panel: Expr, place: list[Expr], count: int
-    ) -> None:
+    def _store_columns(self, z: Expr, m: Expr, panel: Expr, place: list[Expr], count: int) -> None:
         """The last panel, of which ``count`` columns are the output's."""
         held = T.alloc_buffer((self.cols,), str(self.y.dtype), scope="local")
 
