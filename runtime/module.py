@@ -155,9 +155,10 @@ class Module:
         return tvm.cuda(gpu.INDEX) if self.manifest.on_gpu else tvm.cpu()
 
     def _on_device(self, array: Array) -> tvm.runtime.Tensor:
-        if isinstance(array, np.ndarray):
-            return tvm.runtime.tensor(array, self._device)
-        return array
+        if not isinstance(array, np.ndarray):
+            return array
+        shared = None if self.manifest.on_gpu else _shared(array)
+        return tvm.runtime.tensor(array, self._device) if shared is None else shared
 
     def _arrays(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         names = [spec.name for spec in self.inputs]
@@ -259,6 +260,23 @@ def _on_gpu(spec: Tensor, value: Any) -> tvm.runtime.Tensor | None:
     if tensor is not None:
         _require_type(spec, str(tensor.dtype), tuple(tensor.shape))
     return tensor
+
+
+_ALIGNMENT = 64
+"""Bytes: where compiled code expects its arguments to begin, as all allocations of TVM do."""
+
+
+def _shared(array: np.ndarray) -> tvm.runtime.Tensor | None:
+    """The memory of ``array`` itself; None where it has to be copied: NumPy gives no read-only
+    memory away, and no bfloat16.
+    """
+    if array.ctypes.data % _ALIGNMENT:
+        return None
+    try:
+        tensor = tvm.runtime.from_dlpack(array)
+    except (BufferError, TypeError, RuntimeError):
+        return None
+    return tensor if str(tensor.dtype) == array.dtype.name else None
 
 
 def _require_type(spec: Tensor, dtype: str, shape: tuple[int, ...]) -> None:

@@ -108,6 +108,30 @@ def test_any_memory_layout(module, x):
     np.testing.assert_array_equal(module.run({"x": x, "z": x})["y"], 2 * x.astype(np.float32))
 
 
+def aligned(x, offset=0):
+    """A copy of ``x`` that begins ``offset`` bytes after a multiple of 64."""
+    memory = np.empty(x.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    y = memory[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    y[...] = x
+    return y
+
+
+@pytest.mark.parametrize("offset", [0, 4])
+@pytest.mark.parametrize("dtype", ["int8", "bool", "bfloat16"])
+def test_memory_that_compiled_code_can_read_is_not_copied(offset, dtype):
+    module = opferry.compile(model(f"g ({dtype}[n] x) => ({dtype}[n] y) {{ y = Identity(x) }}"))
+    x = aligned(np.array([0, 1, 1, 0]).astype(dtype), offset)
+    tensor = module._on_device(x)
+    before = x.copy()
+    x[0] = 1
+    is_copied = bool(offset) or dtype == "bfloat16"  # NumPy's DLPack has no bfloat16
+    np.testing.assert_array_equal(tensor.numpy(), before if is_copied else x)
+    got = module.run({"x": x})["y"]
+    x[1] = 0
+    assert got[1] == 1
+
+
 def test_a_read_only_array_stays_as_it_is(module):
     x = X.copy()
     x.flags.writeable = False
