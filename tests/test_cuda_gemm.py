@@ -157,6 +157,26 @@ def test_order_of_tiles():
     check(32 * 11 + 5, 70, 16, config=SMALL, batch=2)
 
 
+@pytest.mark.parametrize("live", [0, 1, 40, 130])
+def test_rows_that_nobody_reads(live):
+    """Blocks beyond a number of rows that only the device knows leave their memory alone."""
+    m, n, k = 130, 48, 64
+    p = problem(m, n, k, "int32")
+    p = replace(
+        p,
+        operands=(relax.TensorType((2,), "int64"),),
+        epilogue=lambda acc, at, counts: acc,
+        live_rows=lambda counts: counts[1],
+    )
+    rng = np.random.default_rng(live)
+    a, b = int8(rng, 1, m, k), int8(rng, 1, n, k)
+    y = np.full((1, m, n), 77, np.int32)
+    simt.run(kernel(p, config=SMALL), a, b, np.array([-1, live]), y)
+    computed = min(-(-live // SMALL.block_m) * SMALL.block_m, m)
+    np.testing.assert_array_equal(y[0, :live], (a[0].astype(np.int32) @ b[0].T)[:live])
+    assert (y[0, computed:] == 77).all()
+
+
 # -- the operators --------------------------------------------------------------------------------
 
 

@@ -147,7 +147,13 @@ class _Kernel:
         )
         self.first_row = named(tile_m * c.block_m)
         self.first_col = named(tile_n * c.block_n)
-        for i in range(fragments * 4):
+        live = None if p.live_rows is None else self.first_row < p.live_rows(*self.operands)
+        with guard(live, p.live_rows is not None):
+            self._compute()
+
+    def _compute(self) -> None:
+        p, c = self.p, self.c
+        for i in range(int(self.acc.shape[0])):
             T.buffer_store(self.acc, tirx.const(0, "uint32"), [i])
         steps = _tiles(p.k, c.block_k)
         ahead = c.stages - 1
