@@ -4,15 +4,13 @@ both operators around it; the instructions it consists of, its registers and sha
 
 import functools
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 
+import cuda_code
 import ml_dtypes
 import numpy as np
 import pytest
 import simt
-import tvm
 from simt import graph
 from tvm import relax, tirx
 
@@ -342,17 +340,21 @@ def test_every_tile_fits(out, arch):
 
 
 @functools.lru_cache(maxsize=64)
-def source(arch, m, n, entry="row", out="int8"):
-    """CUDA C++ of the product of m x 1024 and 1024 x n."""
-    func = kernel(problem(m, n, 1024, out, entry), arch).with_attr("global_symbol", "gemm")
-    built = tvm.compile(tvm.IRModule({"gemm": func}), targets.resolve(f"cuda-{arch}"))
-    return built.mod.imports[0].inspect_source()
+def func(arch, m, n, entry="row", out="int8"):
+    """The product of m x 1024 and 1024 x n."""
+    return kernel(problem(m, n, 1024, out, entry), arch)
+
+
+@pytest.mark.parametrize("m", [16, 64, 512, 2048])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tvm_verifies(arch, m):
+    cuda_code.verify(func(arch, m, 2048), arch)
 
 
 @pytest.mark.parametrize("m", [16, 64, 2048])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_instructions(arch, m):
-    text = source(arch, m, 2048)
+    text = cuda_code.source(func(arch, m, 2048), arch)
     old = arch == "sm_75"
     shape = "m8n8k16" if old else "m16n8k32"
     expected = f"mma.sync.aligned.{shape}.row.col.s32.s8.s8.s32"
@@ -362,18 +364,7 @@ def test_instructions(arch, m):
     assert ("ld.global.v4.b32" in text) == old
 
 
-def resources(text, arch, folder):
-    """(registers, bytes spilled) as ptxas says."""
-    (folder / "kernel.cu").write_text(text)
-    command = ["nvcc", "-cubin", "-arch", arch, "-Xptxas", "-v", "-o", folder / "kernel.cubin"]
-    done = subprocess.run(
-        [*command, folder / "kernel.cu"], capture_output=True, text=True, check=True
-    )
-    (registers,) = (int(n) for n in re.findall(r"Used (\d+) registers", done.stderr))
-    return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@cuda_code.needs_nvcc
 @pytest.mark.parametrize(
     ("m", "n", "entry", "out"),
     [
@@ -393,7 +384,8 @@ def resources(text, arch, folder):
 def test_registers_and_spills(arch, m, n, entry, out, tmp_path):
     if (arch, out) == ("sm_75", "bfloat16"):
         out = "float16"
-    registers, spilled = resources(source(arch, m, n, entry, out), arch, tmp_path)
-    assert not spilled
+    text = cuda_code.source(func(arch, m, n, entry, out), arch)
+    (found,) = cuda_code.resources(text, arch, tmp_path)
+    assert not found.spilled
     (config,) = configure(problem(m, n, 1024, out), ARCHS[arch]).values()
-    assert registers * config.threads <= ARCHS[arch].registers_per_sm
+    assert found.registers * config.threads <= ARCHS[arch].registers_per_sm

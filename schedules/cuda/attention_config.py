@@ -97,8 +97,10 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
     with which two blocks share a multiprocessor, or else that one block can have.
 
     128 rows in four warps halve the traffic from shared memory against 64; with D above 128 their
-    accumulators would exceed the registers.
+    accumulators would exceed the registers, as they would with D above 64 where every pair has a
+    random number of its own.
     """
+    alone = draws_alone(problem)
     matrix = {"float16": arch.mma_float16, "bfloat16": arch.mma_bfloat16, "float32": None}
     tensor_cores = matrix[problem.dtype] is not None
     item = 2 if tensor_cores else 4
@@ -112,8 +114,10 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
     piece, whole = _piece(problem, item)
     for warps, row_tiles in ((4, 2), (4, 1), (2, 1), (1, 1)):
         held = warps * row_tiles * 16
-        if (row_tiles == 2 and steps > 1) or (held > _FEW_ROWS and held >= 2 * rows):
+        full = steps > 1 or (alone and depth > 64)
+        if (row_tiles == 2 and full) or (held > _FEW_ROWS and held >= 2 * rows):
             continue
+        columns = value_steps * depth * row_tiles
         options = [
             AttentionConfig(
                 tensor_cores=tensor_cores,
@@ -132,12 +136,12 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
                 heads=heads,
                 split_blocks=_SPLIT_BLOCKS if rows <= _FEW_ROWS else 0,
             )
-            for keys in _key_tiles(tensor_cores, arch, value_steps * depth * row_tiles)
+            for keys in _key_tiles(tensor_cores, arch, columns, steps > 2 or alone)
             for slots in ((4, 2) if whole and arch.cp_async else (2,))
         ]
         shared = [c for c in options if c.keys >= 32 and _two_share(c, arch)]
-        alone = [c for c in options if c.slots == 2 and c.shared_bytes <= arch.shared_per_block]
-        if found := shared or alone:
+        single = [c for c in options if c.slots == 2 and c.shared_bytes <= arch.shared_per_block]
+        if found := shared or single:
             return found[0]
     raise UnsupportedError(
         f"{problem.label}: found D = {problem.D} in {problem.dtype}, allowed what "
@@ -145,15 +149,25 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
     )
 
 
-def _key_tiles(tensor_cores: bool, arch: Arch, columns: int) -> tuple[int, ...]:
+def draws_alone(problem: AttentionProblem) -> bool:
+    """Whether dropout draws a random number for every key; where the pairs of every row begin at an
+    even number, one draw serves two keys.
+    """
+    even = problem.layout != "TND" and isinstance(problem.S2, int) and problem.S2 % 2 == 0
+    return problem.keep_prob < 1 and not even
+
+
+def _key_tiles(tensor_cores: bool, arch: Arch, columns: int, crowded: bool) -> tuple[int, ...]:
     """Keys of a tile, best first. More than 128 ``columns`` of output in the fragments of a warp
-    leave fewer registers for scores; copies by way of registers need some, too.
+    leave fewer registers for scores, and ``crowded`` ones fewer still; copies by way of registers
+    need some, too.
     """
     if not tensor_cores:
         return (32, 16, 8)
+    old = not arch.cp_async
     if columns <= 128:
-        return (64, 32, 16)
-    return (48, 32, 16) if arch.cp_async else (32, 16)
+        return (64, 32, 16)[crowded and old :]
+    return (48, 32, 16)[crowded + old :]
 
 
 def _two_share(config: AttentionConfig, arch: Arch) -> bool:
