@@ -20,9 +20,9 @@ from opferry.frontend.model import load, prepare
 from opferry.reference.compare import compare
 from opferry.relay_ops.nsa_compress_attention import KERNEL_NAME, Problem
 from opferry.relay_ops.op import KERNEL
-from opferry.runtime.errors import UnsupportedError
 from opferry.schedules.cuda import arch as architectures
 from opferry.schedules.cuda import nsa_config
+from opferry.schedules.cuda.override import overriding
 
 OP = "NPUNsaCompressAttention"
 OUTPUTS = ("softmax_max", "softmax_sum", "attention_out", "topk_indices_out")
@@ -172,6 +172,17 @@ def test_equal_scores_of_several_turns_are_chosen_in_order(monkeypatch):
     feeds["topk_mask"][0, [5, 21, 22]] = True
     got = execute(kernel(feeds, attrs), feeds, attrs)["topk_indices_out"]
     np.testing.assert_array_equal(got[0], [[5, 21, 22, 0, 1, 2, 3]] * 2)
+
+
+@pytest.mark.parametrize("topk", ["bool", None])
+@pytest.mark.parametrize("fields", [{}, {"blocks": 8, "listed": 5}], ids=["one turn", "turns"])
+def test_indices_of_several_passes(fields, topk):
+    """Every pass goes on behind the last index of the one before, ties and forced blocks too."""
+    feeds, attrs = make((3, 2, 1), (90, 7, 0), 2, 2, 16, 16, F16, topk=topk, k=17)
+    with overriding("NsaConfig", {"chosen": 5, "passes": 4, **fields}):
+        check(feeds, attrs)
+        found = check(feeds, attrs | {"scale_value": 0.0})
+    assert (found["topk_indices_out"][:3] >= 0).all()
 
 
 def test_nothing_outside_of_the_sequences_is_looked_at():
@@ -384,7 +395,9 @@ def test_two_blocks_share_a_multiprocessor():
         assert both <= architectures.ARCHS[arch].shared_per_sm
 
 
-def test_more_indices_than_shared_memory_holds_are_refused():
-    with pytest.raises(UnsupportedError, match=r"node: found .*1 query heads to a key head and "):
-        config_of("float16", 192, 128, "sm_86", group=1, k=5000)
+def test_more_indices_than_shared_memory_holds_take_passes():
+    for arch in architectures.ARCHS:
+        found = config_of("float16", 192, 128, arch, group=1, k=5000)
+        assert found.passes * found.chosen >= 3500 > found.chosen
+        assert found.shared_bytes <= architectures.ARCHS[arch].shared_per_block
     assert config_of("float16", 192, 128, "sm_86", group=16, k=5000).listed == 0

@@ -17,6 +17,8 @@ _WIDTH = 256
 _ENOUGH_BLOCKS = (1024, 512)
 """Selection blocks scored at once, where shared memory is to be shared by two thread blocks."""
 _FEWER_BLOCKS = (1024, 512, 256, 128, 64, 32)
+_CHOSEN = (1024, 512, 256, 128)
+"""Indices that one of several passes finds."""
 _BLOCK_RESERVED = 1024
 """Bytes of a multiprocessor's shared memory that each block takes for itself."""
 _FLOAT = 4
@@ -31,6 +33,7 @@ class NsaConfig:
     scores [positions][cells]     ``listed`` best blocks so far, then ``blocks`` of the present turn
     places [positions][listed]    the indices of the former
     next   [positions][2][listed] scores and indices that take their place
+    last   [positions][2]         score and index of the last one that a pass chose
     """
 
     tiles: AttentionConfig
@@ -41,6 +44,10 @@ class NsaConfig:
     """Selection blocks scored in one turn over the keys."""
     listed: int
     """Best blocks that are carried from turn to turn; 0 where one turn is always enough."""
+    chosen: int
+    """Best blocks that one pass over all turns finds; the next pass goes on behind the last."""
+    passes: int
+    """As many as there can be."""
 
     @property
     def positions(self) -> int:
@@ -79,8 +86,12 @@ class NsaConfig:
         return self.first_place + self.positions * self.listed
 
     @property
+    def first_last(self) -> int:
+        return self.first_next + self.positions * 2 * self.listed
+
+    @property
     def shared_bytes(self) -> int:
-        return _FLOAT * (self.first_next + self.positions * 2 * self.listed)
+        return _FLOAT * (self.first_last + self.positions * 2 * (self.passes > 1))
 
     @property
     def shared_elements(self) -> int:
@@ -89,24 +100,37 @@ class NsaConfig:
 
 def configure(problem: Problem, arch: Arch) -> NsaConfig:
     """128 rows where the output leaves room in the registers, since every block reads all keys; two
-    blocks a multiprocessor where that leaves room for the scores.
+    blocks a multiprocessor where that leaves room for the scores. One pass, unless the indices of
+    one position alone fill the shared memory.
     """
     wants_blocks = "topk_indices_out" in problem.outputs
     most = -(-problem.cmp_skv_limit // problem.blocks_stride)
-    listed = min(problem.block_count, most)
+    wanted = min(problem.block_count, most)
     half = arch.shared_per_sm // 2 - _BLOCK_RESERVED
     everything = _tilings(problem, arch)
     large = [tiles for tiles in everything if tiles.rows >= 64]
-    searches = (
-        (half, large, _ENOUGH_BLOCKS),
-        (arch.shared_per_block, large, _ENOUGH_BLOCKS),
-        (arch.shared_per_block, everything, _FEWER_BLOCKS),
-    )
-    for limit, tilings, sizes in searches:
+    searches = [
+        (half, large, _ENOUGH_BLOCKS, wanted),
+        (arch.shared_per_block, large, _ENOUGH_BLOCKS, wanted),
+        (arch.shared_per_block, everything, _FEWER_BLOCKS, wanted),
+    ]
+    searches += [
+        (arch.shared_per_block, everything, _FEWER_BLOCKS, chosen)
+        for chosen in _CHOSEN
+        if chosen < wanted
+    ]
+    for limit, tilings, sizes, chosen in searches:
         for tiles in tilings:
             for blocks in (*sizes, most) if wants_blocks else (0,):
                 whole = blocks >= most or not wants_blocks
-                config = NsaConfig(tiles, problem.group, min(blocks, most), 0 if whole else listed)
+                config = NsaConfig(
+                    tiles=tiles,
+                    group=problem.group,
+                    blocks=min(blocks, most),
+                    listed=0 if whole else chosen,
+                    chosen=chosen,
+                    passes=-(-wanted // chosen),
+                )
                 if config.shared_bytes <= limit:
                     return config
     raise UnsupportedError(
