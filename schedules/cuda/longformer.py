@@ -40,6 +40,7 @@ from .attention_place import float32, named
 from .longformer_block import LOWEST as _LOWEST
 from .longformer_block import Block, LongformerPlace, quantised
 from .longformer_tokens import batch_and_sequence, gather_global_rows, global_tokens
+from .override import overridden
 
 if TYPE_CHECKING:
     from ...relay_ops.qordered_longformer_attention import Problem
@@ -73,7 +74,7 @@ def attention(problem: Problem, target: Target) -> PrimFunc:
         UnsupportedError: a head has more than 256 channels.
     """
     arch = architectures.of(target)
-    H, N, config = problem.hidden, problem.num_heads, configure(problem, arch)
+    H, N, config = problem.hidden, problem.num_heads, overridden(configure(problem, arch))
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("longformer_attention")
         T.func_attr({"tirx.noalias": True})
