@@ -22,7 +22,7 @@ from opferry.reference.compare import compare
 from opferry.relay_ops import int8_matmul as products
 from opferry.relay_ops import quant
 from opferry.relay_ops.orders import Order
-from opferry.schedules.cuda import gemm, gemm_config
+from opferry.schedules.cuda import gemm, gemm_config, gemm_split
 from opferry.schedules.cuda.arch import ARCHS, THREAD_REGISTERS
 from opferry.schedules.cuda.gemm_config import GemmConfig, configure
 
@@ -74,6 +74,11 @@ def problem(m, n, k, out="int8", entry="row", batch=1, order=Order.ROW):
 def kernel(p, arch="sm_80", config=None):
     configs = {None: config} if config else configure(p, ARCHS[arch])
     return gemm.emit(p, configs, ARCHS[arch])
+
+
+def kernel_of(p, arch="sm_80"):
+    """What the schedule chooses."""
+    return gemm_split.build(p, targets.resolve(f"cuda-{arch}"))
 
 
 def check(m, n, k, out="int8", arch="sm_80", config=None, entry="row", batch=1, order=Order.ROW):
@@ -153,6 +158,48 @@ def test_memory_orders(m, order, entry):
 def test_order_of_tiles():
     """Bands of row tiles, the last one narrower, of several matrices."""
     check(32 * 11 + 5, 70, 16, config=SMALL, batch=2)
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+@pytest.mark.parametrize(
+    ("m", "n", "entry", "order", "batch"),
+    [
+        (1, 17, "row", Order.ROW, 1),
+        (5, 64, "col32", Order.COL32, 2),
+        (37, 40, "transposed", Order.ROW, 1),
+    ],
+)
+@pytest.mark.parametrize("out", ["int8", "float16"])
+def test_parts_of_k(out, m, n, entry, order, batch, arch):
+    """Among blocks: as one block computes it, to the bit."""
+    k, stages = 2048, 2 if arch == "sm_75" else 4
+    p = problem(m, n, k, out, entry, batch, order)
+    config = replace(gemm_config._STREAMING[0], stages=stages)
+
+    def divided(p, configs, record):
+        return gemm_split.emit(p, config, gemm_split.SplitConfig(4), record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemm, "emit", divided)
+        check(m, n, k, out, arch, config, entry, batch, order)
+    assert kernel_of(p, arch).attrs["global_symbol"] == "int8_gemm_split"
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "parts"),
+    [(1, 768, 4096, 4), (16, 768, 3072, 4), (16, 4096, 4096, 1), (64, 768, 3072, 4)]
+    + [(128, 256, 4096, 4), (1, 768, 700, 1), (2048, 2048, 8192, 1), (64, 64, 512, 1)],
+)
+def test_parts_by_shape(m, n, k, parts):
+    p = problem(m, n, k)
+    (config,) = configure(p, ARCHS["sm_80"]).values()
+    assert gemm_split.choose(p, config).parts == parts
+
+
+def test_rows_known_at_the_call_are_not_divided():
+    p = replace(problem(1, 768, 4096), m=tirx.Var("m", "int64"))
+    (config, *_) = configure(p, ARCHS["sm_80"]).values()
+    assert gemm_split.choose(p, config).parts == 1
 
 
 @pytest.mark.parametrize("live", [0, 1, 40, 130])

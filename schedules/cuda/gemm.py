@@ -85,6 +85,11 @@ def emit(problem: Problem, configs: dict[int | None, GemmConfig], arch: Arch) ->
     return builder.get()
 
 
+def launch(problem: Problem, config: GemmConfig, arch: Arch, buffers: list[tirx.Buffer]) -> None:
+    """One launch of it, as a part of a PrimFunc under construction."""
+    _Kernel(problem, config, arch, buffers).launch()
+
+
 @dataclass(frozen=True)
 class _Rows:
     """An operand as the copies see it: ``rows`` rows of ``k`` bytes."""
