@@ -240,6 +240,18 @@ def test_the_whole_node_becomes_cuda(orders, shape):
     assert {f"qordered_longformer_attention_{name}" for name in names} <= kernels
     assert "to_vdevice" not in module.as_text()
     assert not graph.waits(module)
+    declared = set(re.findall(r"extern __shared__ .* (\w+)\[\];", source))
+    assert len(declared) == len(set(re.findall(r"extern __shared__ .*", source)))
+    assert {"shared_float16_ptr", "shared_int8_ptr"} <= declared
+
+
+@cuda_code.needs_nvcc
+def test_the_whole_node_becomes_machine_code():
+    """Its kernels stand in one text: what they declare does not clash."""
+    target = targets.resolve("cuda-sm_80")
+    module = generate(imported(12, 64, 256, (ROW, 0, 0), "sm_80", (1, 2048)), target)
+    (source,) = device_code.sources(module.mod)
+    device_code.compile_source(source, "sm_80")
 
 
 # -- the kernels ----------------------------------------------------------------------------------

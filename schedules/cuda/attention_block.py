@@ -12,6 +12,7 @@ from ...relay_ops import attention
 from ..intrin import cuda
 from .attention_place import Place, Standing, float32, named, store_records
 from .attention_products import OrdinaryUnits, Products, TensorCores, chunk_offset
+from .shared_memory import shared_memory
 
 _UNROLLED_COPIES = 16
 
@@ -27,7 +28,7 @@ class Block(Standing):
     def emit(self, place: Place) -> None:
         c = self.config
         self.place(place)
-        self.shared = T.alloc_buffer((c.shared_elements,), self._shared_dtype, scope="shared.dyn")
+        self.shared = shared_memory(c.shared_elements, self._shared_dtype)
         make = TensorCores if c.tensor_cores else OrdinaryUnits
         self.products: Products = make(c, self.arch, self.problem.dtype, self.shared, self.thread)
         self._allocate()

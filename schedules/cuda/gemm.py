@@ -39,6 +39,7 @@ from .attention_place import named
 from .gemm_config import GemmConfig, configure
 from .guard import guard
 from .override import overridden
+from .shared_memory import shared_memory
 
 if TYPE_CHECKING:
     from ...relay_ops.int8_matmul import Problem
@@ -127,7 +128,7 @@ class _Kernel:
 
     def _body(self, block: Expr, thread: Expr, tiles_m: Expr, tiles_n: Expr) -> None:
         p, c = self.p, self.c
-        self.shared = T.alloc_buffer((c.shared_bytes(self.item),), "int8", scope="shared.dyn")
+        self.shared = shared_memory(c.shared_bytes(self.item), "int8")
         fragments = c.warp_m // 16 * (c.warp_n // 8)
         self.acc = T.alloc_buffer((fragments * 4,), "uint32", scope="local")
         self.fa = T.alloc_buffer((c.warp_m // 16 * 4,), "uint32", scope="local")

@@ -18,6 +18,7 @@ from .attention_config import AttentionConfig
 from .attention_place import LOG2E, float32, int32, named
 from .attention_products import TensorCores, chunk_offset
 from .guard import guard
+from .shared_memory import shared_memory
 
 if TYPE_CHECKING:
     from ...relay_ops.qordered_longformer_attention import Problem
@@ -84,7 +85,7 @@ class Block:
         self.b, self.h, self.first, self.is_global = place[:4]
         self.records = c.query_elements + 2 * c.steps * c.slot_elements
         size = shared_bytes(c) // c.item_bytes
-        self.shared = T.alloc_buffer((size,), "float16", scope="shared.dyn")
+        self.shared = shared_memory(size, "float16")
         self.products = TensorCores(c, self.arch, "float16", self.shared, self.thread)
         self._allocate()
         scales = [self.buffers[f"scale_{kind}_gemm"][0] for kind in ("global", "qkv")]

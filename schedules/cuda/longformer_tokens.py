@@ -17,6 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from ..intrin import cuda
 from .arch import WARP
 from .attention_place import named
+from .shared_memory import shared_memory
 
 if TYPE_CHECKING:
     from ...relay_ops.qordered_longformer_attention import Problem
@@ -72,7 +73,7 @@ def _number(
 ) -> None:
     """positions[b] and rank[b]: lanes add up within a warp, then every warp adds the warps."""
     warps = _SCAN_THREADS // WARP
-    shared = T.alloc_buffer((2 * warps * 4,), "uint8", scope="shared.dyn")
+    shared = shared_memory(2 * warps * 4, "uint8")
     before = T.alloc_buffer((1,), "int32", scope="local")
     own = T.alloc_buffer((1,), "int32", scope="local")
     upto = T.alloc_buffer((1,), "int32", scope="local")

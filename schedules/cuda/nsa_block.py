@@ -19,6 +19,7 @@ from .attention_place import LN2, LOG2E, float32, named
 from .attention_products import OrdinaryUnits, TensorCores, chunk_offset
 from .nsa_config import NsaConfig
 from .nsa_mask import Reach, reach
+from .shared_memory import shared_memory
 
 if TYPE_CHECKING:
     from ...relay_ops.nsa_compress_attention import Problem
@@ -73,7 +74,7 @@ class Block:
         self.first_column = named(self.lane % 4 * 2)
         dtype = problem.dtype if self.c.tensor_cores else "float32"
         self.shared_dtype = dtype
-        self.shared = T.alloc_buffer((config.shared_elements,), dtype, scope="shared.dyn")
+        self.shared = shared_memory(config.shared_elements, dtype)
         products = TensorCores if self.c.tensor_cores else OrdinaryUnits
         self.products = products(self.c, arch, problem.dtype, self.shared, thread)
         self.wants_out = "attention_out" in problem.outputs
