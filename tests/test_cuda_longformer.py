@@ -4,14 +4,22 @@ registers and shared memory.
 """
 
 import functools
-import math
 import re
 
 import cuda_code
 import numpy as np
 import pytest
 import simt
+import test_qordered_longformer_attention as longformer_cases
 from simt import graph
+from test_qordered_longformer_attention import (
+    AT_RUN_TIME,
+    EXAMPLE,
+    EXAMPLE_ATTRS,
+    EXAMPLE_OUTPUT,
+    attributes,
+    f32,
+)
 
 from opferry.driver import device_code
 from opferry.driver import target as targets
@@ -30,74 +38,18 @@ from opferry.schedules.cuda.longformer_block import shared_bytes
 OP = "QOrderedLongformerAttention"
 ROW, COL32, COL4_4R2_8C, COL32_2R_4R4 = 1, 2, 3, 4
 QUICKLY = [a if a in ("sm_75", "sm_80") else pytest.param(a, marks=pytest.mark.slow) for a in ARCHS]
-AT_RUN_TIME = ("input", "mask", "global")
-
-
-def f32(*values):
-    return np.array(values, np.float32)
-
-
-# The specification's worked example; weights as the bytes that it prints.
-EXAMPLE = {
-    "input": np.array([[[8, -4], [2, 6], [-6, 3], [5, 5]]], np.int8),
-    "scale_input": f32(0.125),
-    "weight": np.array([10, 5, -3, 8, 4, -6, 7, 2, 20, -9, -12, 16], np.int8).reshape(2, 6),
-    "scale_weight": f32(0.0625),
-    "bias": f32(0.5, 0, 0, -0.5, 1, 0),
-    "scale_bias": f32(np.nan),
-    "scale_qkv_gemm": f32(0.125),
-    "mask": np.array([[0, 0, 0, -10000]], np.float16),
-    "global_weight": np.array([-7, 3, 4, 9, 6, 5, -2, 12, 11, -14, 30, 8], np.int8).reshape(2, 6),
-    "scale_global_weight": f32(0.0625),
-    "global_bias": f32(0, 0, 1, 0, 0, -2),
-    "scale_global_gemm": f32(0.125),
-    "global": np.array([[1, 0, 0, 0]], np.int32),
-    "scale_output": f32(0.03125),
-}
-EXAMPLE_OUTPUT = [[[-4, 3], [14, -3], [7, 3], [0, 0]]]
-
-
-def weights(hidden):
-    """Operands other than input, mask, global: projections of deviation 40 in int8."""
-    rng = np.random.default_rng(hidden)
-    scale = np.float32(40 / (74 * 74 * math.sqrt(hidden)))
-    return {
-        "weight": rng.integers(-128, 128, (hidden, 3 * hidden), np.int8),
-        "global_weight": rng.integers(-128, 128, (hidden, 3 * hidden), np.int8),
-        "bias": rng.normal(0, 3, 3 * hidden).astype(np.float32),
-        "global_bias": rng.normal(0, 3, 3 * hidden).astype(np.float32),
-        "scale_input": f32(0.03),
-        "scale_weight": f32(scale),
-        "scale_global_weight": (rng.uniform(0.7, 1.4, 3 * hidden) * scale).astype(np.float32),
-        "scale_bias": f32(-1),
-        "scale_qkv_gemm": f32(0.03),
-        "scale_global_gemm": f32(0.04),
-        "scale_output": f32(0.02),
-    }
 
 
 def data(batch, seq, hidden, counts, padding=0.2):
-    """counts[b] global tokens in batch entry b, anywhere; any non-zero value is a flag."""
-    rng = np.random.default_rng([batch, seq, hidden])
-    flags = np.zeros((batch, seq), np.int32)
-    for b, count in enumerate(counts):
-        flags[b, rng.permutation(seq)[:count]] = rng.choice([1, -1, 7], count)
-    return {
-        "input": rng.integers(-128, 128, (batch, seq, hidden), np.int8),
-        "mask": np.where(rng.random((batch, seq)) < padding, -10000, 0).astype(np.float16),
-        "global": flags,
-    }
+    """input, mask and flags; counts[b] global tokens in batch entry b, anywhere."""
+    return longformer_cases.data([batch, seq, hidden], batch, seq, hidden, counts, padding)
 
 
-def attributes(N, W, orders):
-    return {
-        "num_heads": N,
-        "window": W,
-        "order_input": orders[0],
-        "order_weight": orders[1],
-        "order_global_weight": orders[2],
-        "order_output": orders[0],
-    }
+def weights(hidden):
+    """The other operands; one global scale for each column."""
+    fixed = longformer_cases.weights(hidden, hidden, scalar_shape=(1,))
+    scale = longformer_cases.weights(hidden, hidden, per_column=3 * hidden)["scale_global_weight"]
+    return fixed | {"scale_global_weight": scale}
 
 
 def imported(N, D, W, orders, arch, shape):
@@ -137,9 +89,8 @@ def check(built, values):
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
 def test_worked_example(arch):
-    attrs = {"num_heads": 1, "window": 1, "order_input": ROW, "order_output": ROW}
     stored = [name for name in EXAMPLE if name not in AT_RUN_TIME]
-    model = prepare(node_model(OP, EXAMPLE, initializers=stored, **attrs), None)
+    model = prepare(node_model(OP, EXAMPLE, initializers=stored, **EXAMPLE_ATTRS), None)
     found = import_model(model, targets.resolve(f"cuda-{arch}"))
     call = graph.executable(found.module)
     (y,) = call(*(EXAMPLE[spec.name] for spec in found.inputs))
