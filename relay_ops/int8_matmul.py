@@ -114,6 +114,10 @@ class Problem:
     order: Order
     epilogue: Epilogue
     """``epilogue(acc, at(z, row, n), *operand_buffers)`` for z, row and n inside y."""
+    a_row_run: int = 1
+    """Consecutive rows, from every multiple of it on, whose entries at one k are consecutive bytes
+    of ``a``: 1 tells nothing.
+    """
     live_rows: Callable[..., Expr] | None = None
     """``live_rows(*operand_buffers)``, int64: nobody reads y from this row on, so that nothing has
     to be computed there; None: all are read.
@@ -336,6 +340,7 @@ def int8_matmul(
             y=y,
             order=order,
             epilogue=epilogue,
+            a_row_run=left.m if left.entry is transposed and isinstance(left.m, int) else 1,
             live_rows=live,
         )
         func = schedules.tir_builder("int8_matmul", target)(problem, target)

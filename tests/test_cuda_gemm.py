@@ -62,6 +62,7 @@ def problem(m, n, k, out="int8", entry="row", batch=1, order=Order.ROW):
         a_entry=ENTRIES[entry],
         a_batch=lambda z: z,
         a_run={"row": k, "col32": 32}.get(entry, 1),
+        a_row_run=m if entry == "transposed" else 1,
         b=tensor("int8", 1, n, -(-k // 16) * 16),
         b_batch=lambda z: tirx.const(0, "int64"),
         operands=(tensor("float32", n), tensor("float32", n), tensor("float32", m)),
@@ -153,6 +154,15 @@ def test_tiles(config):
 def test_memory_orders(m, order, entry):
     config = None if m == 5 else SMALL
     check(m, 64, 96, entry=entry, order=order, batch=2, config=config)
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+@pytest.mark.parametrize(("m", "k"), [(4, 3), (68, 130), (70, 130), (200, 100)])
+def test_columns_of_consecutive_bytes(m, k, arch):
+    """Four rows at a time where m allows it."""
+    config = replace(SMALL, stages=2 if arch == "sm_75" else 3)
+    check(m, 40, k, arch=arch, entry="transposed", config=config)
+    check(m, 40, k, arch=arch, entry="transposed")
 
 
 def test_order_of_tiles():
@@ -411,6 +421,13 @@ def test_instructions(arch, m):
     assert ("ld.global.v4.b32" in text) == old
 
 
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+def test_transposed_rows_are_not_loaded_byte_by_byte(arch):
+    text = cuda_code.source(func(arch, 2048, 2048, "transposed"), arch)
+    assert "prmt.b32" in text
+    assert "ld.global.b32" in text
+
+
 @cuda_code.needs_nvcc
 @pytest.mark.parametrize(
     ("m", "n", "entry", "out"),
@@ -422,6 +439,7 @@ def test_instructions(arch, m):
         (128, 512, "row", "int8"),
         (64, 4096, "row", "bfloat16"),
         (16, 4096, "transposed", "int8"),
+        (2048, 2048, "transposed", "int8"),
     ],
 )
 @pytest.mark.parametrize(

@@ -103,6 +103,8 @@ class _Rows:
     """Bytes of a row that lie one after the other and aligned, from every multiple of it on: a
     power of two, at most 16.
     """
+    row_run: int = 1
+    """The same of rows, at every k."""
 
 
 class _Kernel:
@@ -145,7 +147,7 @@ class _Kernel:
         self.z = named(z)
         self.rows_a = _Rows(
             lambda row, k: p.a_entry(self.a, p.a_batch(self.z), row, k),
-            *(p.m, p.k, gcd(p.a_run, CHUNK)),
+            *(p.m, p.k, gcd(p.a_run, CHUNK), p.a_row_run),
         )
         self.rows_b = _Rows(
             lambda row, k: self.b[p.b_batch(self.z), row, k],
@@ -195,6 +197,9 @@ class _Kernel:
     def _load_rows(self, source: _Rows, first: Expr, rows: int, base: Expr, step: Expr) -> None:
         """A tile of ``rows`` rows from ``first`` on, to ``base``: each thread some pieces of it."""
         c = self.c
+        if source.run < 4 and source.row_run % 4 == 0:
+            self._load_columns(source, first, rows, base, step)
+            return
         size = max(source.run, 4)
         per_row = c.block_k // size
         count = rows * per_row
@@ -206,6 +211,31 @@ class _Kernel:
                 target = base + row * c.block_k + chunk * CHUNK + byte % CHUNK
                 target = T.address_of(self.shared[target])
                 self._copy(target, source, first + row, step * c.block_k + byte, size)
+
+    def _load_columns(self, source: _Rows, first: Expr, rows: int, base: Expr, step: Expr) -> None:
+        """The same of columns that are consecutive bytes: squares of 4 x 4 bytes, transposed in
+        registers. Eight neighbouring squares of a column are a sector of global memory.
+        """
+        c = self.c
+        words = T.alloc_buffer((4,), "uint32", scope="local")
+        halves = T.alloc_buffer((4,), "uint32", scope="local")
+        count, along, across = rows * c.block_k // 16, c.block_k // 4, min(8, rows // 4)
+        for i in range(-(-count // c.threads)):
+            index = self.thread + i * c.threads
+            with guard(index < count, (i + 1) * c.threads > count):
+                row = named((index // (across * along) * across + index % across) * 4)
+                byte = named(index // across % along * 4)
+                m, k = named(first + row), named(step * c.block_k + byte)
+                for d in range(4):
+                    T.buffer_store(words, tirx.const(0, "uint32"), [d])
+                    with T.If(tirx.all(m < source.rows, k + d < source.k)), T.Then():
+                        address = T.address_of(source.entry(m, k + d))
+                        T.evaluate(T.ptx["ld.global.b32"](words[d], address))
+                ptx.transpose_bytes(words, halves)
+                for r in range(4):
+                    chunk = ptx.swizzle(row + r, byte // CHUNK, c.block_k // CHUNK)
+                    target = base + (row + r) * c.block_k + chunk * CHUNK + byte % CHUNK
+                    T.evaluate(T.ptx["st.shared.b32"](T.address_of(self.shared[target]), words[r]))
 
     def _copy(self, target: Expr, source: _Rows, row: Expr, k: Expr, size: int) -> None:
         """``size`` bytes of a row, zeros beyond its end."""
