@@ -129,6 +129,15 @@ class Band:
         return Interval(first, last_key if last is last_key else tir.min(last, last_key))
 
 
+def visible_keys(
+    band: Band | None, at: Sequence, i: Index, prefixes: tir.Buffer | None
+) -> Interval:
+    """Keys that row i may see before any mask tensor is read; ``prefixes`` holds one a sequence."""
+    if band is None:
+        return Interval(0, at.S2 - 1)
+    return band.keys(at, i, None if prefixes is None else prefixes[at.b].astype("int32"))
+
+
 def broadcast_index(rank: int, one_batch: bool, one_head: bool, b: Index, n: Index) -> list[Index]:
     """Leading indices of a mask or bias plane: [] for (S1, S2), else [b or 0, n or 0]."""
     return [] if rank == 2 else [0 if one_batch else b, 0 if one_head else n]

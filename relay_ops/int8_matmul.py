@@ -116,6 +116,14 @@ class Problem:
     order: Order
     epilogue: Epilogue
     """``epilogue(acc, at(z, row, n), *operand_buffers)`` for z, row and n inside y."""
+    a_row_run: int = 1
+    """Consecutive rows, from every multiple of it on, whose entries at one k are consecutive bytes
+    of ``a``: 1 tells nothing.
+    """
+    live_rows: Callable[..., Expr] | None = None
+    """``live_rows(*operand_buffers)``, int64: nobody reads y from this row on, so that nothing has
+    to be computed there; None: all are read.
+    """
 
     def at(self, z: Expr, row: Expr, n: Expr, col: Expr | None = None) -> At:
         """What the epilogue is told of entry (z, row, n), or of ``col`` in the padding of a panel,
@@ -291,6 +299,7 @@ def int8_matmul(
     batch: Dim | None = None,
     left_batch: BatchMap | None = None,
     weight_batch: BatchMap | None = None,
+    live_rows: tuple[relax.Expr, int] | None = None,
 ) -> relax.Expr:
     """Emit ``left @ weight`` with its epilogue as the kernel ``kernel`` (``<kernel>_plain`` where N
     or K is only known at the call).
@@ -302,12 +311,19 @@ def int8_matmul(
         batch: of the result, that of ``left`` by default.
         left_batch, weight_batch: matrix of each operand for batch entry z; by default z itself,
             or 0 where the operand has batch 1.
+        live_rows: an int64 vector and the place in it of a number of rows, known to the device:
+            nobody reads the rest of the result. Targets without a kernel of their own compute it.
     """
     batch = left.batch if batch is None else batch
     left_batch = left_batch or _batch_map(left.batch)
     weight_batch = weight_batch or _batch_map(weight.batch)
     tile = None if weight.tile is None else weight.tile(left.m)
     if weight.is_fixed and (tile is None or tile.dot.in_tiles):
+        live = None
+        if live_rows is not None:
+            counts, place = live_rows
+            operands = [*operands, counts]
+            live, epilogue = _last_operand(place), _without_last_operand(epilogue)
         types = tuple(operand.ty for operand in operands)
         shape = _dims(batch, left.m, weight.n)
         if order is Order.COL32:
@@ -328,6 +344,8 @@ def int8_matmul(
             y=y,
             order=order,
             epilogue=epilogue,
+            a_row_run=left.m if left.entry is transposed and isinstance(left.m, int) else 1,
+            live_rows=live,
         )
         func = schedules.tir_builder("int8_matmul", target)(problem, target)
         return tir_kernel(bb, kernel, func, [left.data, weight.data, *operands], y)
@@ -366,6 +384,14 @@ def int8_matmul(
     if tile is None:
         return te_kernel(bb, f"{kernel}_plain", definition, *tensors, *operands)
     return te_kernel(bb, kernel, definition, *tensors, *operands, **{ROWS: tile.rows})
+
+
+def _last_operand(place: int) -> Callable[..., Expr]:
+    return lambda *operands: operands[-1][place]
+
+
+def _without_last_operand(epilogue: Epilogue) -> Epilogue:
+    return lambda acc, at, *operands: epilogue(acc, at, *operands[:-1])
 
 
 def _epilogue_dtype(epilogue: Epilogue, operands: Sequence[relax.TensorType]) -> str:

@@ -115,8 +115,9 @@ def check(bb: relax.BlockBuilder, node: Node) -> Problem:
 def lower(bb: relax.BlockBuilder, node: Node) -> list[relax.Expr]:
     """Projections as int8 matmuls, then one attention kernel.
 
-    How many rows the global projections have is known only when the flags are: their kernels take
-    the sizes as dimensions that a tensor defines.
+    How many rows the global projections have is known only when the flags are. On a CPU the sizes
+    become dimensions that a tensor defines; elsewhere there is room for all that there may be, and
+    the kernels read the sizes where they lie.
     """
     problem = check(bb, node)
     batch, seq, hidden = problem.batch, problem.seq, problem.hidden
@@ -136,8 +137,19 @@ def lower(bb: relax.BlockBuilder, node: Node) -> list[relax.Expr]:
         ((2,), "int64"),
     )
     positions, rank, offsets, sizes = (bb.emit(relax.TupleGetItem(found, i)) for i in range(4))
-    tokens, length = (tirx.Var(name, "int64") for name in ("global_tokens", "global_length"))
-    bb.match_cast(bb.emit(relax.op.tensor_to_shape(sizes)), relax.ShapeType([tokens, length]))
+    rows = batch * seq
+    if not isinstance(rows, int):
+        # A symbol of its own: schedules prove nothing about products.
+        rows = tirx.Var("rows", "int64")
+        bb.match_cast(bb.emit(relax.ShapeExpr([batch * seq])), relax.ShapeType([rows]))
+    matrix = seq if problem.col32 else rows
+    if node.target.kind.name == "llvm":
+        tokens, length = (tirx.Var(name, "int64") for name in ("global_tokens", "global_length"))
+        bb.match_cast(bb.emit(relax.op.tensor_to_shape(sizes)), relax.ShapeType([tokens, length]))
+        of_tokens = of_length = None
+    else:  # the host does not wait for what only the device knows
+        tokens, length = rows, matrix
+        of_tokens, of_length = (sizes, 0), (sizes, 1)
 
     x = view(bb, node.inputs["input"], problem.stored_shape)
     gathered = kernel(
@@ -147,14 +159,11 @@ def lower(bb: relax.BlockBuilder, node: Node) -> list[relax.Expr]:
         whole, part = Left(x, seq, batch, col32), Left(x, length, batch, col32)
     else:  # one matrix of B*S rows
         flat = view(bb, x, (1, batch * seq, hidden))
-        if not isinstance(rows := batch * seq, int):
-            # A symbol of its own: schedules prove nothing about products.
-            rows = tirx.Var("rows", "int64")
-            flat = bb.match_cast(flat, relax.TensorType((1, rows, hidden), "int8"))
+        flat = bb.match_cast(flat, relax.TensorType((1, rows, hidden), "int8"))
         whole, part = Left(flat, rows), Left(flat, length)
     qkv = _project(bb, node, LOCAL, whole, hidden, 0, 3 * hidden)
-    gkv = _project(bb, node, GLOBAL, part, hidden, hidden, 3 * hidden)
-    gq = _project(bb, node, GLOBAL, Left(gathered, tokens), hidden, 0, hidden)
+    gkv = _project(bb, node, GLOBAL, part, hidden, hidden, 3 * hidden, of_length)
+    gq = _project(bb, node, GLOBAL, Left(gathered, tokens), hidden, 0, hidden, of_tokens)
     if problem.col32:
         qkv = view(bb, qkv, (1, batch * seq, 3 * hidden))
         gkv = view(bb, gkv, (1, batch * length, 2 * hidden))
@@ -204,6 +213,7 @@ def _project(
     hidden: int,
     first: int,
     stop: int,
+    live_rows: tuple[relax.Expr, int] | None = None,
 ) -> relax.Expr:
     """Stage 1 for columns first..stop-1: int8 [batch, M, stop - first]."""
     columns = stop - first
@@ -235,7 +245,16 @@ def _project(
         weight.columns(bb, _per_column(bb, node, alpha, scales, columns)),
         weight.columns(bb, _per_column(bb, node, bias, (names.bias,), columns)),
     ]
-    return int8_matmul(bb, node.target, f"{NAME}.gemm", left, weight, requantise, operands=operands)
+    return int8_matmul(
+        bb,
+        node.target,
+        f"{NAME}.gemm",
+        left,
+        weight,
+        requantise,
+        operands=operands,
+        live_rows=live_rows,
+    )
 
 
 def _per_column(

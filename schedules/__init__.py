@@ -17,7 +17,7 @@ from tvm.tirx import PrimFunc
 
 from ..runtime.errors import UnsupportedError
 from .cuda import attention as cuda_attention
-from .cuda import gemm as cuda_gemm
+from .cuda import gemm_split as cuda_gemm
 from .cuda import longformer as cuda_longformer
 from .cuda import nsa as cuda_nsa
 from .llvm import attention, gemm, gemm_amx, longformer, nsa

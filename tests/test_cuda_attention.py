@@ -5,14 +5,12 @@ skips.
 
 import functools
 import re
-import shutil
-import subprocess
 
+import cuda_code
 import ml_dtypes
 import numpy as np
 import pytest
 import simt
-import tvm
 
 from opferry.driver import target as targets
 from opferry.frontend.builders import node_model
@@ -455,17 +453,45 @@ def config(feeds, arch="sm_80", **attrs):
 
 
 @functools.lru_cache(maxsize=64)
-def source(arch, dtype, D, kind="full"):
-    """CUDA C++ of a kernel. Kinds: full, causal, decode."""
+def func(arch, dtype, D, kind="full"):
+    """The kernel of a kind: full, causal, mask, bias, decode, packed (TND, causal), and with
+    dropout.
+    """
+    kind, *drops = kind.split("+")
     S1, S2, N2 = (1, 4096, 2) if kind == "decode" else (1024, 1024, 8)
-    feeds = inputs(1, 8, N2, S1, S2, D, np.dtype(dtype))
     attrs = node(N1=8)
-    if kind == "causal":
+    if kind == "packed":
+        feeds, attrs = packed([500, 524], [500, 524], np.dtype(dtype), 8, 2, D), node("TND", 8)
+    else:
+        feeds = inputs(1, 8, N2, S1, S2, D, np.dtype(dtype))
+    if kind in ("causal", "packed"):
         feeds["atten_mask"] = CAUSAL
         attrs["sparse_mode"] = 3
-    func = kernel(feeds, arch, **attrs).with_attr("global_symbol", "attention")
-    built = tvm.compile(tvm.IRModule({"attention": func}), targets.resolve(f"cuda-{arch}"))
-    return built.mod.imports[0].inspect_source()
+    if kind == "mask":
+        feeds["atten_mask"] = np.zeros((1, 1, S1, S2), bool)
+        attrs["sparse_mode"] = 1
+    if kind == "bias":
+        feeds["pse"] = np.zeros((1, 8, S1, S2), np.dtype(dtype))
+    if drops:
+        attrs["keep_prob"] = 0.9
+    return kernel(feeds, arch, **attrs)
+
+
+@pytest.mark.parametrize("kind", ["full", "decode", "packed+dropout"])
+@pytest.mark.parametrize("arch", architectures.ARCHS)
+def test_tvm_verifies(arch, kind):
+    cuda_code.verify(func(arch, "float16", 128, kind), arch)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("arch", architectures.ARCHS)
+def test_tvm_verifies_other_arithmetic(arch, dtype):
+    cuda_code.verify(func(arch, dtype, 64, "causal"), arch)
+
+
+@functools.lru_cache(maxsize=64)
+def source(arch, dtype, D, kind="full"):
+    return cuda_code.source(func(arch, dtype, D, kind), arch)
 
 
 MMA = {
@@ -501,30 +527,52 @@ def test_float32_is_not_rounded_to_narrower_products(arch):
     assert "tf32" not in text
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize(
-    ("dtype", "D", "kind"),
-    [
-        ("float16", 64, "full"),
-        ("bfloat16", 64, "causal"),
-        ("bfloat16", 128, "full"),
-        ("float16", 128, "causal"),
-        ("float16", 128, "decode"),
-    ],
-)
+USUAL = [
+    ("float16", 64, "full"),
+    ("bfloat16", 64, "causal"),
+    ("bfloat16", 128, "full"),
+    ("float16", 128, "causal"),
+    ("float16", 128, "decode"),
+]
+UNUSUAL = [
+    ("float16", 64, "packed+dropout"),
+    ("float16", 128, "packed"),
+    ("float16", 128, "packed+dropout"),
+    ("bfloat16", 128, "mask+dropout"),
+    ("float16", 128, "bias"),
+    ("float16", 192, "causal"),
+    ("float16", 256, "packed+dropout"),
+    ("float16", 320, "full"),
+    ("float16", 320, "packed+dropout"),
+    ("float16", 512, "full"),
+    ("float32", 64, "causal"),
+    ("float32", 128, "full"),
+    ("float32", 256, "full"),
+]
+
+
+@cuda_code.needs_nvcc
+@pytest.mark.parametrize(("dtype", "D", "kind"), USUAL)
 @pytest.mark.parametrize("arch", architectures.ARCHS)
 def test_registers_and_spills(arch, dtype, D, kind, tmp_path):
-    (tmp_path / "kernel.cu").write_text(source(arch, dtype, D, kind))
-    command = ["nvcc", "-cubin", "-arch", arch, "-Xptxas", "-v", "-o", tmp_path / "kernel.cubin"]
-    done = subprocess.run(
-        [*command, tmp_path / "kernel.cu"], capture_output=True, text=True, check=True
-    )
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr)]
-    assert spills
-    assert not any(spills)
     two_blocks = architectures.ARCHS[arch].registers_per_sm // 2
-    for registers in re.findall(r"Used (\d+) registers", done.stderr):
-        assert -(-int(registers) // 8) * 8 * 128 <= two_blocks
+    for found in cuda_code.resources(source(arch, dtype, D, kind), arch, tmp_path):
+        assert not found.spilled
+        assert -(-found.registers // 8) * 8 * 128 <= two_blocks
+
+
+@cuda_code.needs_nvcc
+@pytest.mark.parametrize(("dtype", "D", "kind"), UNUSUAL)
+@pytest.mark.parametrize(
+    "arch",
+    [
+        a if a in ("sm_75", "sm_80") else pytest.param(a, marks=pytest.mark.slow)
+        for a in architectures.ARCHS
+    ],
+)
+def test_nothing_spills_in_other_modes(arch, dtype, D, kind, tmp_path):
+    for found in cuda_code.resources(source(arch, dtype, D, kind), arch, tmp_path):
+        assert not found.spilled
 
 
 @pytest.mark.parametrize("arch", architectures.ARCHS.values(), ids=lambda arch: arch.name)

@@ -4,15 +4,13 @@ both operators around it; the instructions it consists of, its registers and sha
 
 import functools
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 
+import cuda_code
 import ml_dtypes
 import numpy as np
 import pytest
 import simt
-import tvm
 from simt import graph
 from tvm import relax, tirx
 
@@ -24,7 +22,7 @@ from opferry.reference.compare import compare
 from opferry.relay_ops import int8_matmul as products
 from opferry.relay_ops import quant
 from opferry.relay_ops.orders import Order
-from opferry.schedules.cuda import gemm, gemm_config
+from opferry.schedules.cuda import gemm, gemm_config, gemm_split
 from opferry.schedules.cuda.arch import ARCHS, THREAD_REGISTERS
 from opferry.schedules.cuda.gemm_config import GemmConfig, configure
 
@@ -64,6 +62,7 @@ def problem(m, n, k, out="int8", entry="row", batch=1, order=Order.ROW):
         a_entry=ENTRIES[entry],
         a_batch=lambda z: z,
         a_run={"row": k, "col32": 32}.get(entry, 1),
+        a_row_run=m if entry == "transposed" else 1,
         b=tensor("int8", 1, n, -(-k // 16) * 16),
         b_batch=lambda z: tirx.const(0, "int64"),
         operands=(tensor("float32", n), tensor("float32", n), tensor("float32", m)),
@@ -76,6 +75,11 @@ def problem(m, n, k, out="int8", entry="row", batch=1, order=Order.ROW):
 def kernel(p, arch="sm_80", config=None):
     configs = {None: config} if config else configure(p, ARCHS[arch])
     return gemm.emit(p, configs, ARCHS[arch])
+
+
+def kernel_of(p, arch="sm_80"):
+    """What the schedule chooses."""
+    return gemm_split.build(p, targets.resolve(f"cuda-{arch}"))
 
 
 def check(m, n, k, out="int8", arch="sm_80", config=None, entry="row", batch=1, order=Order.ROW):
@@ -152,9 +156,80 @@ def test_memory_orders(m, order, entry):
     check(m, 64, 96, entry=entry, order=order, batch=2, config=config)
 
 
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+@pytest.mark.parametrize(("m", "k"), [(4, 3), (68, 130), (70, 130), (200, 100)])
+def test_columns_of_consecutive_bytes(m, k, arch):
+    """Four rows at a time where m allows it."""
+    config = replace(SMALL, stages=2 if arch == "sm_75" else 3)
+    check(m, 40, k, arch=arch, entry="transposed", config=config)
+    check(m, 40, k, arch=arch, entry="transposed")
+
+
 def test_order_of_tiles():
     """Bands of row tiles, the last one narrower, of several matrices."""
     check(32 * 11 + 5, 70, 16, config=SMALL, batch=2)
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+@pytest.mark.parametrize(
+    ("m", "n", "entry", "order", "batch"),
+    [
+        (1, 17, "row", Order.ROW, 1),
+        (5, 64, "col32", Order.COL32, 2),
+        (37, 40, "transposed", Order.ROW, 1),
+    ],
+)
+@pytest.mark.parametrize("out", ["int8", "float16"])
+def test_parts_of_k(out, m, n, entry, order, batch, arch):
+    """Among blocks: as one block computes it, to the bit."""
+    k, stages = 2048, 2 if arch == "sm_75" else 4
+    p = problem(m, n, k, out, entry, batch, order)
+    config = replace(gemm_config._STREAMING[0], stages=stages)
+
+    def divided(p, configs, record):
+        return gemm_split.emit(p, config, gemm_split.SplitConfig(4), record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemm, "emit", divided)
+        check(m, n, k, out, arch, config, entry, batch, order)
+    assert kernel_of(p, arch).attrs["global_symbol"] == "int8_gemm_split"
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "parts"),
+    [(1, 768, 4096, 4), (16, 768, 3072, 4), (16, 4096, 4096, 1), (64, 768, 3072, 4)]
+    + [(128, 256, 4096, 4), (1, 768, 700, 1), (2048, 2048, 8192, 1), (64, 64, 512, 1)],
+)
+def test_parts_by_shape(m, n, k, parts):
+    p = problem(m, n, k)
+    (config,) = configure(p, ARCHS["sm_80"]).values()
+    assert gemm_split.choose(p, config).parts == parts
+
+
+def test_rows_known_at_the_call_are_not_divided():
+    p = replace(problem(1, 768, 4096), m=tirx.Var("m", "int64"))
+    (config, *_) = configure(p, ARCHS["sm_80"]).values()
+    assert gemm_split.choose(p, config).parts == 1
+
+
+@pytest.mark.parametrize("live", [0, 1, 40, 130])
+def test_rows_that_nobody_reads(live):
+    """Blocks beyond a number of rows that only the device knows leave their memory alone."""
+    m, n, k = 130, 48, 64
+    p = problem(m, n, k, "int32")
+    p = replace(
+        p,
+        operands=(relax.TensorType((2,), "int64"),),
+        epilogue=lambda acc, at, counts: acc,
+        live_rows=lambda counts: counts[1],
+    )
+    rng = np.random.default_rng(live)
+    a, b = int8(rng, 1, m, k), int8(rng, 1, n, k)
+    y = np.full((1, m, n), 77, np.int32)
+    simt.run(kernel(p, config=SMALL), a, b, np.array([-1, live]), y)
+    computed = min(-(-live // SMALL.block_m) * SMALL.block_m, m)
+    np.testing.assert_array_equal(y[0, :live], (a[0].astype(np.int32) @ b[0].T)[:live])
+    assert (y[0, computed:] == 77).all()
 
 
 # -- the operators --------------------------------------------------------------------------------
@@ -322,17 +397,21 @@ def test_every_tile_fits(out, arch):
 
 
 @functools.lru_cache(maxsize=64)
-def source(arch, m, n, entry="row", out="int8"):
-    """CUDA C++ of the product of m x 1024 and 1024 x n."""
-    func = kernel(problem(m, n, 1024, out, entry), arch).with_attr("global_symbol", "gemm")
-    built = tvm.compile(tvm.IRModule({"gemm": func}), targets.resolve(f"cuda-{arch}"))
-    return built.mod.imports[0].inspect_source()
+def func(arch, m, n, entry="row", out="int8"):
+    """The product of m x 1024 and 1024 x n."""
+    return kernel(problem(m, n, 1024, out, entry), arch)
+
+
+@pytest.mark.parametrize("m", [16, 64, 512, 2048])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tvm_verifies(arch, m):
+    cuda_code.verify(func(arch, m, 2048), arch)
 
 
 @pytest.mark.parametrize("m", [16, 64, 2048])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_instructions(arch, m):
-    text = source(arch, m, 2048)
+    text = cuda_code.source(func(arch, m, 2048), arch)
     old = arch == "sm_75"
     shape = "m8n8k16" if old else "m16n8k32"
     expected = f"mma.sync.aligned.{shape}.row.col.s32.s8.s8.s32"
@@ -342,18 +421,14 @@ def test_instructions(arch, m):
     assert ("ld.global.v4.b32" in text) == old
 
 
-def resources(text, arch, folder):
-    """(registers, bytes spilled) as ptxas says."""
-    (folder / "kernel.cu").write_text(text)
-    command = ["nvcc", "-cubin", "-arch", arch, "-Xptxas", "-v", "-o", folder / "kernel.cubin"]
-    done = subprocess.run(
-        [*command, folder / "kernel.cu"], capture_output=True, text=True, check=True
-    )
-    (registers,) = (int(n) for n in re.findall(r"Used (\d+) registers", done.stderr))
-    return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+def test_transposed_rows_are_not_loaded_byte_by_byte(arch):
+    text = cuda_code.source(func(arch, 2048, 2048, "transposed"), arch)
+    assert "prmt.b32" in text
+    assert "ld.global.b32" in text
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@cuda_code.needs_nvcc
 @pytest.mark.parametrize(
     ("m", "n", "entry", "out"),
     [
@@ -364,6 +439,7 @@ def resources(text, arch, folder):
         (128, 512, "row", "int8"),
         (64, 4096, "row", "bfloat16"),
         (16, 4096, "transposed", "int8"),
+        (2048, 2048, "transposed", "int8"),
     ],
 )
 @pytest.mark.parametrize(
@@ -373,7 +449,8 @@ def resources(text, arch, folder):
 def test_registers_and_spills(arch, m, n, entry, out, tmp_path):
     if (arch, out) == ("sm_75", "bfloat16"):
         out = "float16"
-    registers, spilled = resources(source(arch, m, n, entry, out), arch, tmp_path)
-    assert not spilled
+    text = cuda_code.source(func(arch, m, n, entry, out), arch)
+    (found,) = cuda_code.resources(text, arch, tmp_path)
+    assert not found.spilled
     (config,) = configure(problem(m, n, 1024, out), ARCHS[arch]).values()
-    assert registers * config.threads <= ARCHS[arch].registers_per_sm
+    assert found.registers * config.threads <= ARCHS[arch].registers_per_sm

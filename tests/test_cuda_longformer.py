@@ -4,16 +4,22 @@ registers and shared memory.
 """
 
 import functools
-import math
 import re
-import shutil
-import subprocess
 
+import cuda_code
 import numpy as np
 import pytest
 import simt
-import tvm
+import test_qordered_longformer_attention as longformer_cases
 from simt import graph
+from test_qordered_longformer_attention import (
+    AT_RUN_TIME,
+    EXAMPLE,
+    EXAMPLE_ATTRS,
+    EXAMPLE_OUTPUT,
+    attributes,
+    f32,
+)
 
 from opferry.driver import device_code
 from opferry.driver import target as targets
@@ -32,84 +38,41 @@ from opferry.schedules.cuda.longformer_block import shared_bytes
 OP = "QOrderedLongformerAttention"
 ROW, COL32, COL4_4R2_8C, COL32_2R_4R4 = 1, 2, 3, 4
 QUICKLY = [a if a in ("sm_75", "sm_80") else pytest.param(a, marks=pytest.mark.slow) for a in ARCHS]
-AT_RUN_TIME = ("input", "mask", "global")
-
-
-def f32(*values):
-    return np.array(values, np.float32)
-
-
-# The specification's worked example; weights as the bytes that it prints.
-EXAMPLE = {
-    "input": np.array([[[8, -4], [2, 6], [-6, 3], [5, 5]]], np.int8),
-    "scale_input": f32(0.125),
-    "weight": np.array([10, 5, -3, 8, 4, -6, 7, 2, 20, -9, -12, 16], np.int8).reshape(2, 6),
-    "scale_weight": f32(0.0625),
-    "bias": f32(0.5, 0, 0, -0.5, 1, 0),
-    "scale_bias": f32(np.nan),
-    "scale_qkv_gemm": f32(0.125),
-    "mask": np.array([[0, 0, 0, -10000]], np.float16),
-    "global_weight": np.array([-7, 3, 4, 9, 6, 5, -2, 12, 11, -14, 30, 8], np.int8).reshape(2, 6),
-    "scale_global_weight": f32(0.0625),
-    "global_bias": f32(0, 0, 1, 0, 0, -2),
-    "scale_global_gemm": f32(0.125),
-    "global": np.array([[1, 0, 0, 0]], np.int32),
-    "scale_output": f32(0.03125),
-}
-EXAMPLE_OUTPUT = [[[-4, 3], [14, -3], [7, 3], [0, 0]]]
-
-
-def weights(hidden):
-    """Operands other than input, mask, global: projections of deviation 40 in int8."""
-    rng = np.random.default_rng(hidden)
-    scale = np.float32(40 / (74 * 74 * math.sqrt(hidden)))
-    return {
-        "weight": rng.integers(-128, 128, (hidden, 3 * hidden), np.int8),
-        "global_weight": rng.integers(-128, 128, (hidden, 3 * hidden), np.int8),
-        "bias": rng.normal(0, 3, 3 * hidden).astype(np.float32),
-        "global_bias": rng.normal(0, 3, 3 * hidden).astype(np.float32),
-        "scale_input": f32(0.03),
-        "scale_weight": f32(scale),
-        "scale_global_weight": (rng.uniform(0.7, 1.4, 3 * hidden) * scale).astype(np.float32),
-        "scale_bias": f32(-1),
-        "scale_qkv_gemm": f32(0.03),
-        "scale_global_gemm": f32(0.04),
-        "scale_output": f32(0.02),
-    }
 
 
 def data(batch, seq, hidden, counts, padding=0.2):
-    """counts[b] global tokens in batch entry b, anywhere; any non-zero value is a flag."""
-    rng = np.random.default_rng([batch, seq, hidden])
-    flags = np.zeros((batch, seq), np.int32)
-    for b, count in enumerate(counts):
-        flags[b, rng.permutation(seq)[:count]] = rng.choice([1, -1, 7], count)
-    return {
-        "input": rng.integers(-128, 128, (batch, seq, hidden), np.int8),
-        "mask": np.where(rng.random((batch, seq)) < padding, -10000, 0).astype(np.float16),
-        "global": flags,
-    }
+    """input, mask and flags; counts[b] global tokens in batch entry b, anywhere."""
+    return longformer_cases.data([batch, seq, hidden], batch, seq, hidden, counts, padding)
+
+
+def weights(hidden):
+    """The other operands; one global scale for each column."""
+    fixed = longformer_cases.weights(hidden, hidden, scalar_shape=(1,))
+    scale = longformer_cases.weights(hidden, hidden, per_column=3 * hidden)["scale_global_weight"]
+    return fixed | {"scale_global_weight": scale}
+
+
+def imported(N, D, W, orders, arch, shape):
+    """The node for a target; B and S of ``shape``, or open."""
+    fixed = weights(N * D)
+    feeds = {**fixed, **data(*(shape or (1, 2 * W)), N * D, [0])}
+    symbolic = {name: {0: "B", 1: "S"} for name in AT_RUN_TIME} if shape is None else None
+    attrs = attributes(N, W, orders)
+    model = node_model(OP, feeds, initializers=[*fixed], symbolic=symbolic, **attrs)
+    return import_model(prepare(model, None), targets.resolve(f"cuda-{arch}"))
 
 
 @functools.cache
 def build(N, D, W, orders=(ROW, 0, 0), arch="sm_80", shape=None):
-    """(function of the run-time inputs, its weights, attributes); B and S of ``shape``, or open."""
-    fixed = weights(N * D)
-    attrs = {
-        "num_heads": N,
-        "window": W,
-        "order_input": orders[0],
-        "order_weight": orders[1],
-        "order_global_weight": orders[2],
-        "order_output": orders[0],
-    }
-    feeds = {**fixed, **data(*(shape or (1, 2 * W)), N * D, [0])}
-    symbolic = {name: {0: "B", 1: "S"} for name in AT_RUN_TIME} if shape is None else None
-    model = node_model(OP, feeds, initializers=[*fixed], symbolic=symbolic, **attrs)
-    imported = import_model(prepare(model, None), targets.resolve(f"cuda-{arch}"))
-    names = [spec.name for spec in imported.inputs]
-    call = graph.executable(imported.module)
-    return lambda feeds: call(*(feeds[name] for name in names))[0], fixed, attrs
+    """(function of the run-time inputs, its weights, attributes)."""
+    found = imported(N, D, W, orders, arch, shape)
+    names = [spec.name for spec in found.inputs]
+    call = graph.executable(found.module)
+    return (
+        lambda feeds: call(*(feeds[name] for name in names))[0],
+        weights(N * D),
+        attributes(N, W, orders),
+    )
 
 
 def check(built, values):
@@ -126,12 +89,11 @@ def check(built, values):
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
 def test_worked_example(arch):
-    attrs = {"num_heads": 1, "window": 1, "order_input": ROW, "order_output": ROW}
     stored = [name for name in EXAMPLE if name not in AT_RUN_TIME]
-    model = prepare(node_model(OP, EXAMPLE, initializers=stored, **attrs), None)
-    imported = import_model(model, targets.resolve(f"cuda-{arch}"))
-    call = graph.executable(imported.module)
-    (y,) = call(*(EXAMPLE[spec.name] for spec in imported.inputs))
+    model = prepare(node_model(OP, EXAMPLE, initializers=stored, **EXAMPLE_ATTRS), None)
+    found = import_model(model, targets.resolve(f"cuda-{arch}"))
+    call = graph.executable(found.module)
+    (y,) = call(*(EXAMPLE[spec.name] for spec in found.inputs))
     assert y.tolist() == EXAMPLE_OUTPUT
 
 
@@ -145,6 +107,7 @@ SHAPES = {
     "head 96": (1, 96, 8, [(1, 9, [2])]),
     "head 160": (1, 160, 16, [(1, 3, [2])]),
     "wide window": (1, 16, 150, [(1, 1, [9])]),
+    "divided keys": (1, 8, 64, [(2, 11, [1, 500])]),
 }
 
 
@@ -216,20 +179,30 @@ def test_sweep(seed):
     check(build(N, D, W, arch=arch), data(batch, seq, N * D, counts))
 
 
-def test_the_whole_node_becomes_cuda():
-    """Every kernel runs on the GPU, whatever the host learns of the number of global tokens."""
-    fixed = weights(64)
-    attrs = {"num_heads": 2, "window": 8, "order_input": ROW, "order_output": ROW}
-    symbolic = {name: {0: "B", 1: "S"} for name in AT_RUN_TIME}
-    feeds = {**fixed, **data(1, 16, 64, [0])}
-    model = node_model(OP, feeds, initializers=[*fixed], symbolic=symbolic, **attrs)
+@pytest.mark.parametrize("orders", [(ROW, 0, 0), (COL32, COL4_4R2_8C, COL4_4R2_8C)], ids=str)
+@pytest.mark.parametrize("shape", [None, (2, 32)], ids=["symbolic", "static"])
+def test_the_whole_node_becomes_cuda(orders, shape):
+    """Every kernel runs on the GPU, and the host does not wait for the number of global tokens."""
     target = targets.resolve("cuda-sm_80")
-    module = generate(import_model(prepare(model, None), target), target)
+    module = generate(imported(2, 32, 8, orders, "sm_80", shape), target)
     (source,) = device_code.sources(module.mod)
     kernels = set(re.findall(r"__global__ void .*?(\w+)_kernel", source))
     names = ("attention", "gather_global_rows", "gemm", "global_tokens")
     assert {f"qordered_longformer_attention_{name}" for name in names} <= kernels
     assert "to_vdevice" not in module.as_text()
+    assert not graph.waits(module)
+    declared = set(re.findall(r"extern __shared__ .* (\w+)\[\];", source))
+    assert len(declared) == len(set(re.findall(r"extern __shared__ .*", source)))
+    assert {"shared_float16_ptr", "shared_int8_ptr"} <= declared
+
+
+@cuda_code.needs_nvcc
+def test_the_whole_node_becomes_machine_code():
+    """Its kernels stand in one text: what they declare does not clash."""
+    target = targets.resolve("cuda-sm_80")
+    module = generate(imported(12, 64, 256, (ROW, 0, 0), "sm_80", (1, 2048)), target)
+    (source,) = device_code.sources(module.mod)
+    device_code.compile_source(source, "sm_80")
 
 
 # -- the kernels ----------------------------------------------------------------------------------
@@ -281,7 +254,7 @@ def test_keys_out_of_reach_are_not_computed():
     positions[positions < 0] = 0
     feeds = {
         "qkv": rng.integers(-128, 128, (1, S, 3 * D), np.int8),
-        "gq": rng.integers(-128, 128, (1, 1, D), np.int8),
+        "gq": rng.integers(-128, 128, (1, S, D), np.int8),
         "gkv": rng.integers(-128, 128, (1, S, 2 * D), np.int8),
         "mask": np.zeros((1, S), np.float16),
         "positions": positions,
@@ -301,7 +274,7 @@ def test_keys_out_of_reach_are_not_computed():
         far[max(first - W, 0) : last + W] = False
         far[300] = False
         mask = np.where(far, np.float16(np.nan), np.float16(0))[None]
-        got = attend(func, feeds | {"mask": mask}, [(2 + tile, 0, 0)])
+        got = attend(func, feeds | {"mask": mask}, [(S // rows + tile, 0, 0)])
         np.testing.assert_array_equal(
             got[:, first:last],
             np.where(np.arange(first, last)[:, None] == 300, 99, whole[:, first:last]),
@@ -317,17 +290,24 @@ def test_heads_that_are_too_wide():
 
 
 @functools.lru_cache(maxsize=64)
-def source(arch, kernel, D=64, order=Order.ROW):
-    """CUDA C++ of a kernel of 12 heads of D channels, window 256, 4,096 tokens."""
+def func(arch, kernel, D=64, order=Order.ROW):
+    """A kernel of 12 heads of D channels, window 256, 4,096 tokens."""
     build = getattr(longformer, kernel)
-    func = build(problem(12, D, 256, 2, 4096, order), targets.resolve(f"cuda-{arch}"))
-    module = tvm.IRModule({kernel: func.with_attr("global_symbol", kernel)})
-    return tvm.compile(module, targets.resolve(f"cuda-{arch}")).mod.imports[0].inspect_source()
+    return build(problem(12, D, 256, 2, 4096, order), targets.resolve(f"cuda-{arch}"))
+
+
+KERNELS = ("attention", "global_tokens", "gather_global_rows")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tvm_verifies(arch, kernel):
+    cuda_code.verify(func(arch, kernel), arch)
 
 
 @pytest.mark.parametrize("arch", QUICKLY)
 def test_instructions(arch):
-    text = source(arch, "attention")
+    text = cuda_code.source(func(arch, "attention"), arch)
     depth = 8 if arch == "sm_75" else 16
     expected = f"mma.sync.aligned.m16n8k{depth}.row.col.f32.f16.f16.f32"
     assert set(re.findall(r"mma\.sync[\w.]*", text)) == {expected}
@@ -337,13 +317,14 @@ def test_instructions(arch):
     assert "ex2.approx.ftz.f32" in text
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@cuda_code.needs_nvcc
 @pytest.mark.parametrize(
     ("kernel", "D", "order"),
     [
         ("attention", 64, Order.ROW),
         ("attention", 128, Order.COL32),
         ("attention", 192, Order.ROW),
+        ("attention", 256, Order.ROW),
         ("global_tokens", 64, Order.ROW),
         ("gather_global_rows", 64, Order.COL32),
     ],
@@ -351,14 +332,11 @@ def test_instructions(arch):
 )
 @pytest.mark.parametrize("arch", QUICKLY)
 def test_registers_and_spills(arch, kernel, D, order, tmp_path):
-    (tmp_path / "kernel.cu").write_text(source(arch, kernel, D, order))
-    command = ["nvcc", "-cubin", "-arch", arch, "-Xptxas", "-v", "-o", tmp_path / "kernel.cubin"]
-    done = subprocess.run(
-        [*command, tmp_path / "kernel.cu"], capture_output=True, text=True, check=True
-    )
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr)]
-    assert spills
-    assert not any(spills)
+    text = cuda_code.source(func(arch, kernel, D, order), arch)
+    # Head size 256 on sm_75: coordinates of the block, needed again after the loop over the keys.
+    kept = 32 if (arch, kernel, D) == ("sm_75", "attention", 256) else 0
+    for found in cuda_code.resources(text, arch, tmp_path):
+        assert found.spilled <= kept
 
 
 @pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)

@@ -106,14 +106,8 @@ def data(seed, batch, seq, hidden, counts, padding=0.2):
     }
 
 
-@functools.cache
-def build(num_heads, head_size, window, orders=(ROW, 0, 0), target="llvm", fed=(), **options):
-    """(symbolic module, its weights, attributes); ``fed`` names weights that are graph inputs,
-    ``options`` are those of ``weights``.
-    """
-    hidden = num_heads * head_size
-    fixed = weights(num_heads + head_size, hidden, **options)
-    attrs = {
+def attributes(num_heads, window, orders):
+    return {
         "num_heads": num_heads,
         "window": window,
         "order_input": orders[0],
@@ -121,6 +115,16 @@ def build(num_heads, head_size, window, orders=(ROW, 0, 0), target="llvm", fed=(
         "order_global_weight": orders[2],
         "order_output": orders[0],
     }
+
+
+@functools.cache
+def build(num_heads, head_size, window, orders=(ROW, 0, 0), target="llvm", fed=(), **options):
+    """(symbolic module, its weights, attributes); ``fed`` names weights that are graph inputs,
+    ``options`` are those of ``weights``.
+    """
+    hidden = num_heads * head_size
+    fixed = weights(num_heads + head_size, hidden, **options)
+    attrs = attributes(num_heads, window, orders)
     model = node_model(
         OP,
         {**fixed, **data(0, 1, 2 * window, hidden, [0])},

@@ -103,6 +103,8 @@ _GEMM_FEW_ROWS = (
     {"block_k": 128, "warps_k": 4},
 )
 _ATTENTION = ({"keys": 32}, {"keys": 64}, {"slots": 2}, {"slots": 4})
+_NSA = ({"keys": 32}, {"slots": 2}, {"slots": 4}, {"row_tiles": 1, "keys": 64})
+_LONGFORMER = ({"keys": 32}, {"row_tiles": 1}, {"row_tiles": 1, "keys": 64})
 _DECODE = ({"split_blocks": 264}, {"split_blocks": 1056}, {"split_keys": 128})
 
 
@@ -124,6 +126,10 @@ def _others(group: str, p: Problem) -> tuple[str, tuple[Mapping[str, int], ...]]
         return "AttentionConfig", _ATTENTION
     if group == "decode":
         return "AttentionConfig", _DECODE
+    if group == "nsa" and p.S == 16384:
+        return "AttentionConfig", _NSA
+    if group == "longformer" and p.S == 4096:
+        return "AttentionConfig", _LONGFORMER
     return "", ()
 
 

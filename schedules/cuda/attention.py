@@ -20,8 +20,6 @@ among blocks, whose results a second kernel combines in fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import tvm.tirx as tir
@@ -31,6 +29,7 @@ from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops.attention import Sequence
+from ..dimensions import own_dimensions
 from . import arch as architectures
 from .attention_block import Block
 from .attention_combine import combine
@@ -54,10 +53,10 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
         T.func_attr({"tirx.noalias": True})
         dims: dict[str, Expr] = {}
         buffers = {
-            name: T.arg(name, T.buffer(_shape(tensor.shape, dims), tensor.dtype))
+            name: T.arg(name, T.buffer(own_dimensions(tensor.shape, dims), tensor.dtype))
             for name, tensor in (problem.tensors | problem.outputs).items()
         }
-        B, S1, S2 = _shape((problem.B, problem.S1, problem.S2), dims)
+        B, S1, S2 = own_dimensions((problem.B, problem.S1, problem.S2), dims)
         splits = _splits(problem, config, B, S2)
         parts = _partial_results(problem, splits, B, S1)
         with (
@@ -68,25 +67,15 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
             T.reads()
             T.writes()
             emitter = Block(problem, config, arch, buffers | parts, thread)
-            divide = _packed_tile if problem.layout == "TND" else _batch_tile
-            with divide(problem, config, buffers, (B, S1, S2), block, thread, splits) as place:
-                emitter.emit(place)
+            if problem.layout == "TND":
+                place, live = _packed_tile(problem, config, buffers, (B, S1, S2), block, thread)
+                with T.If(live), T.Then():
+                    emitter.emit(place)
+            else:
+                emitter.emit(_batch_tile(problem, config, S1, S2, block, splits))
         if parts:
             combine(problem, buffers | parts, splits)
     return builder.get()
-
-
-def _shape(shape: tuple, dims: dict[str, Expr]) -> tuple[Expr, ...]:
-    """int64 dimensions; each symbolic one becomes the PrimFunc's own variable, bound by a buffer's
-    shape.
-    """
-
-    def dim(size: int | Expr) -> Expr:
-        if isinstance(size, int):
-            return tir.const(size, "int64")
-        return dims.setdefault(str(size), T.int64())
-
-    return tuple(dim(size) for size in shape)
 
 
 def _splits(problem: AttentionProblem, config: AttentionConfig, B: Expr, S2: Expr) -> Expr | None:
@@ -136,20 +125,17 @@ def _query_tiles(problem: AttentionProblem, config: AttentionConfig, S1: Expr) -
     return (S1 + (config.rows - 1)) // config.rows
 
 
-@contextmanager
 def _batch_tile(
     problem: AttentionProblem,
     config: AttentionConfig,
-    buffers: dict[str, tir.Buffer],
-    sizes: tuple[Expr, Expr, Expr],
+    S1: Expr,
+    S2: Expr,
     block: Expr,
-    thread: Expr,
     splits: Expr | None,
-) -> Iterator[Place]:
+) -> Place:
     """Place of a block: tiles of a head follow one another, so that blocks which run together read
     the same keys. Under a causal mask the costly last tiles start first.
     """
-    _, S1, S2 = sizes
     tiles = _query_tiles(problem, config, S1).astype("int32")
     shares = problem.N1 // config.heads
     position, rest = named(block % tiles), block // tiles
@@ -164,10 +150,9 @@ def _batch_tile(
         named((rest // shares).astype("int64")), _length(S1), _length(S2), zero, zero, zero
     )
     n = named(rest % shares * config.heads)
-    yield Place(at, n, named(position * config.rows), named(part), named(split), splits)
+    return Place(at, n, named(position * config.rows), named(part), named(split), splits)
 
 
-@contextmanager
 def _packed_tile(
     problem: AttentionProblem,
     config: AttentionConfig,
@@ -175,16 +160,14 @@ def _packed_tile(
     sizes: tuple[Expr, Expr, Expr],
     block: Expr,
     thread: Expr,
-    splits: Expr | None,
-) -> Iterator[Place]:
-    """TND: there are at least as many blocks as tiles; those beyond the last do nothing."""
-    B, S1, S2 = sizes
+) -> tuple[Place, Expr]:
+    """TND: place of a block, and whether it has one: there are at least as many blocks as tiles."""
+    B, S1, _ = sizes
     bound = (S1 // config.rows + B).astype("int32")
     slot, rest = named(block % bound), block // bound
     part, n = named(rest % config.slices), named(rest // config.slices)
-    at, i0, live = find_tile(problem, config, buffers, (B, S1, S2), slot, thread)
-    with T.If(live), T.Then():
-        yield Place(at, n, i0, part, tir.const(0, "int32"), None)
+    at, i0, live = find_tile(problem, config, buffers, sizes, slot, thread)
+    return Place(at, n, i0, part, tir.const(0, "int32"), None), live
 
 
 def _length(size: Expr) -> Expr:

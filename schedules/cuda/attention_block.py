@@ -11,9 +11,9 @@ from tvm.tirx.script.builder import ir as T
 from ...relay_ops import attention
 from ..intrin import cuda
 from .attention_place import Place, Standing, float32, named, store_records
-from .attention_products import OrdinaryUnits, Products, TensorCores, chunk_offset
-
-_UNROLLED_COPIES = 16
+from .attention_products import OrdinaryUnits, Products, TensorCores
+from .shared_memory import shared_memory
+from .tile_copy import TileCopies
 
 
 class Block(Standing):
@@ -27,7 +27,8 @@ class Block(Standing):
     def emit(self, place: Place) -> None:
         c = self.config
         self.place(place)
-        self.shared = T.alloc_buffer((c.shared_elements,), self._shared_dtype, scope="shared.dyn")
+        self.shared = shared_memory(c.shared_elements, self._shared_dtype)
+        self.copies = TileCopies(c, self.shared, self.thread)
         make = TensorCores if c.tensor_cores else OrdinaryUnits
         self.products: Products = make(c, self.arch, self.problem.dtype, self.shared, self.thread)
         self._allocate()
@@ -36,7 +37,7 @@ class Block(Standing):
         for ahead in range(c.slots - 1):
             self._copy_ahead(first, end, tir.const(0, "int32"), ahead)
         if c.queries_in_registers:
-            self._arrive(c.slots - 1)
+            self.copies.arrive(c.slots - 1)
             self.products.load_queries()
         with T.serial(end - first) as turn:
             tile = named(first + turn)
@@ -90,9 +91,10 @@ class Block(Standing):
             n, i = self.head_and_row(r)
             return attention.element(p.layout, p.D, self.at.b, n, self.at.query_start + i, d)
 
-        self._copy("query", 0, c.rows, c.steps * c.depth, 0, self.rows, index)
-        if c.asynchronous and c.queries_in_registers:
-            cuda.commit_copies()
+        query = self.buffers["query"]
+        self.copies.copy(query, p.D, 0, c.rows, c.steps * c.depth, 0, self.rows, index)
+        if c.queries_in_registers:
+            self.copies.commit()
 
     def _copy_ahead(self, tile: Expr, end: Expr, turn: Expr, ahead: int) -> None:
         """Start the copy for the slot that is ``ahead`` slots after the first of ``tile``."""
@@ -107,8 +109,7 @@ class Block(Standing):
             else:
                 column = (self.part * c.value_steps if c.slices > 1 else 0) + (step - c.steps)
                 self._copy_keys("value", slot, j0, column * c.depth)
-        if c.asynchronous:
-            cuda.commit_copies()
+        self.copies.commit()
 
     def _copy_keys(self, name: str, slot: Expr | int, j0: Expr, column: Expr | int) -> None:
         c, p = self.config, self.problem
@@ -117,62 +118,8 @@ class Block(Standing):
             row = self.at.key_start + tir.min(j0 + r, self.at.S2 - 1)
             return attention.element(p.layout, p.D, self.at.b, self.g, row, d)
 
-        self._copy(name, slot, c.keys, c.depth, column, self.at.S2 - j0, index)
-
-    def _copy(
-        self,
-        name: str,
-        base: Expr | int,
-        rows: int,
-        columns: int,
-        first_column: Expr | int,
-        count: Expr,
-        index: Callable[[Expr, Expr], list[Expr]],
-    ) -> None:
-        """shared[base + ..] = [rows][columns] of a tensor; zeros from row ``count`` and column D
-        on. ``index`` is asked for a column inside only, but for any row.
-        """
-        c, p = self.config, self.problem
-        per_chunk = cuda.CHUNK_BYTES // c.item_bytes
-        per_row = columns // c.piece
-        total = rows * per_row
-        rounds = -(-total // c.threads)
-
-        def one(turn: Expr) -> None:
-            number = self.thread + turn * c.threads
-            row = number // per_row
-            column = number % per_row * c.piece
-            d = first_column + column
-            valid, inside = row < count, d
-            if not (isinstance(first_column, int) and first_column + columns <= p.D):
-                valid = tir.all(valid, d < p.D)
-                inside = tir.min(d, p.D - c.piece)
-            target = chunk_offset(row, column // per_chunk, columns // per_chunk, per_chunk)
-            target = base + target + column % per_chunk
-            source = (*index(row, inside),)
-            if total % c.threads:
-                with T.If(number < total), T.Then():
-                    self._copy_piece(name, target, source, valid)
-            else:
-                self._copy_piece(name, target, source, valid)
-
-        loop = T.unroll if rounds <= _UNROLLED_COPIES else T.serial
-        with loop(rounds) as turn:
-            one(turn)
-
-    def _copy_piece(self, name: str, target: Expr, source: tuple, valid: Expr) -> None:
-        c, buffer = self.config, self.buffers[name]
-        if c.asynchronous:
-            size = c.piece * c.item_bytes
-            addresses = T.address_of(self.shared[target]), T.address_of(buffer[source])
-            cuda.copy_async(*addresses, size, valid)
-            return
-        with T.If(valid):
-            with T.Then(), T.vectorized(c.piece) as v:
-                element = buffer[(*source[:-1], source[-1] + v)]
-                T.buffer_store(self.shared, element.astype(self._shared_dtype), [target + v])
-            with T.Else(), T.vectorized(c.piece) as v:
-                T.buffer_store(self.shared, tir.const(0, self._shared_dtype), [target + v])
+        rows = self.at.S2 - j0
+        self.copies.copy(self.buffers[name], p.D, slot, c.keys, c.depth, column, rows, index)
 
     def _slot(self, turn: Expr, number: int) -> Expr | int:
         """Element where the slot begins that is ``number`` slots after the first of tile
@@ -183,14 +130,8 @@ class Block(Standing):
         slot = number % c.slots if per_tile % c.slots == 0 else (turn * per_tile + number) % c.slots
         return c.query_elements + slot * c.slot_elements
 
-    def _arrive(self, pending: int) -> None:
-        """Copies up to a group are there, of all threads; and all have used what came before."""
-        if self.config.asynchronous:
-            cuda.wait_copies(pending)
-        T.evaluate(T.cuda.cta_sync())
-
     def _next_slot(self, tile: Expr, end: Expr, turn: Expr, number: int) -> Expr | int:
-        self._arrive(self.config.slots - 2)
+        self.copies.arrive(self.config.slots - 2)
         self._copy_ahead(tile, end, turn, number + self.config.slots - 1)
         return named(self._slot(turn, number)) if self._moves else self._slot(turn, number)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import UnsupportedError
+from ..intrin.cuda import CHUNK_BYTES
 from .arch import WARP, Arch
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ _SPLIT_BLOCKS = 528
 """Blocks that fill a large GPU: four on each of 132 multiprocessors."""
 _SPLIT_KEYS = 256
 """Each block of a divided sequence has at least so many keys."""
+_HELD_QUERIES = 128
+"""The most columns of queries, of all row tiles, that a warp keeps in registers."""
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -97,11 +101,11 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
     with which two blocks share a multiprocessor, or else that one block can have.
 
     128 rows in four warps halve the traffic from shared memory against 64; with D above 128 their
-    accumulators would exceed the registers.
+    accumulators would exceed the registers, as they would with D above 64 where every pair has a
+    random number of its own.
     """
-    matrix = {"float16": arch.mma_float16, "bfloat16": arch.mma_bfloat16, "float32": None}
-    tensor_cores = matrix[problem.dtype] is not None
-    item = 2 if tensor_cores else 4
+    alone = draws_alone(problem)
+    tensor_cores = on_tensor_cores(problem.dtype, arch)
     padded = _up(problem.D, 16)
     steps = -(-padded // _DEPTH)
     depth = _up(-(-padded // steps), 16)
@@ -109,35 +113,31 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
     slices = -(-steps // 2) if wants_output else 1
     value_steps = -(-steps // slices) if wants_output else 0
     heads, rows = _rows(problem)
-    piece, whole = _piece(problem, item)
+    item, piece, asynchronous = copies(problem.dtype, arch, problem.D)
     for warps, row_tiles in ((4, 2), (4, 1), (2, 1), (1, 1)):
         held = warps * row_tiles * 16
-        if (row_tiles == 2 and steps > 1) or (held > _FEW_ROWS and held >= 2 * rows):
+        full = steps > 1 or (alone and depth > 64)
+        if (row_tiles == 2 and full) or (held > _FEW_ROWS and held >= 2 * rows):
             continue
-        options = [
-            AttentionConfig(
-                tensor_cores=tensor_cores,
-                warps=warps,
-                row_tiles=row_tiles,
-                keys=keys,
-                depth=depth,
-                steps=steps,
-                value_steps=value_steps,
-                slices=slices,
-                slots=slots,
-                item_bytes=item,
-                piece=piece,
-                asynchronous=whole and arch.cp_async,
-                queries_in_registers=tensor_cores and steps * depth * row_tiles <= 128,
-                heads=heads,
-                split_blocks=_SPLIT_BLOCKS if rows <= _FEW_ROWS else 0,
-            )
-            for keys in _key_tiles(tensor_cores, arch, value_steps * depth * row_tiles)
-            for slots in ((4, 2) if whole and arch.cp_async else (2,))
-        ]
+        columns = value_steps * depth * row_tiles
+        options = rings(
+            _key_tiles(tensor_cores, arch, columns, steps > 2 or alone),
+            tensor_cores=tensor_cores,
+            warps=warps,
+            row_tiles=row_tiles,
+            depth=depth,
+            steps=steps,
+            value_steps=value_steps,
+            slices=slices,
+            item_bytes=item,
+            piece=piece,
+            asynchronous=asynchronous,
+            heads=heads,
+            split_blocks=_SPLIT_BLOCKS if rows <= _FEW_ROWS else 0,
+        )
         shared = [c for c in options if c.keys >= 32 and _two_share(c, arch)]
-        alone = [c for c in options if c.slots == 2 and c.shared_bytes <= arch.shared_per_block]
-        if found := shared or alone:
+        single = [c for c in options if c.slots == 2 and c.shared_bytes <= arch.shared_per_block]
+        if found := shared or single:
             return found[0]
     raise UnsupportedError(
         f"{problem.label}: found D = {problem.D} in {problem.dtype}, allowed what "
@@ -145,15 +145,57 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
     )
 
 
-def _key_tiles(tensor_cores: bool, arch: Arch, columns: int) -> tuple[int, ...]:
+def on_tensor_cores(dtype: str, arch: Arch) -> bool:
+    """Whether products of ``dtype`` run there, with nothing rounded below float32."""
+    shapes = {"float16": arch.mma_float16, "bfloat16": arch.mma_bfloat16, "float32": None}
+    return shapes[dtype] is not None
+
+
+def copies(dtype: str, arch: Arch, *sizes: int) -> tuple[int, int, bool]:
+    """Bytes of an element in shared memory, elements of a copy, and whether the load path can do it
+    by itself, of tensors whose rows begin at multiples of ``sizes``.
+    """
+    source, item = _ITEM_BYTES[dtype], 2 if on_tensor_cores(dtype, arch) else 4
+    piece = max(
+        p for p in (1, 2, 4, 8) if not any(size % p for size in sizes) and p * item <= CHUNK_BYTES
+    )
+    return item, piece, arch.cp_async and source == item and piece * item >= 4
+
+
+def rings(key_tiles: Iterable[int], **fields: Any) -> list[AttentionConfig]:
+    """Configurations of the given fields, best first: the most keys, then the deepest ring."""
+    queries = fields["steps"] * fields["depth"] * fields["row_tiles"]
+    return [
+        AttentionConfig(
+            keys=keys,
+            slots=slots,
+            queries_in_registers=fields["tensor_cores"] and queries <= _HELD_QUERIES,
+            **fields,
+        )
+        for keys in key_tiles
+        for slots in ((4, 2) if fields["asynchronous"] else (2,))
+    ]
+
+
+def draws_alone(problem: AttentionProblem) -> bool:
+    """Whether dropout draws a random number for every key; where the pairs of every row begin at an
+    even number, one draw serves two keys.
+    """
+    even = problem.layout != "TND" and isinstance(problem.S2, int) and problem.S2 % 2 == 0
+    return problem.keep_prob < 1 and not even
+
+
+def _key_tiles(tensor_cores: bool, arch: Arch, columns: int, crowded: bool) -> tuple[int, ...]:
     """Keys of a tile, best first. More than 128 ``columns`` of output in the fragments of a warp
-    leave fewer registers for scores; copies by way of registers need some, too.
+    leave fewer registers for scores, and ``crowded`` ones fewer still; copies by way of registers
+    need some, too.
     """
     if not tensor_cores:
         return (32, 16, 8)
+    old = not arch.cp_async
     if columns <= 128:
-        return (64, 32, 16)
-    return (48, 32, 16) if arch.cp_async else (32, 16)
+        return (64, 32, 16)[crowded and old :]
+    return (48, 32, 16)[crowded + old :]
 
 
 def _two_share(config: AttentionConfig, arch: Arch) -> bool:
@@ -170,15 +212,6 @@ def _rows(problem: AttentionProblem) -> tuple[int, int]:
     heads = [h for h in range(1, group + 1) if group % h == 0 and h * problem.S1 <= _FEW_ROWS]
     shared = max(heads, default=1)
     return shared, shared * problem.S1
-
-
-def _piece(problem: AttentionProblem, item: int) -> tuple[int, bool]:
-    """Elements of a copy, and whether the copy engine of the load path can do it: rows begin at
-    multiples of D.
-    """
-    source = _ITEM_BYTES[problem.dtype]
-    piece = max(p for p in (1, 2, 4, 8) if problem.D % p == 0 and p * item <= 16)
-    return piece, source == item and piece * item >= 4
 
 
 def _up(value: int, unit: int) -> int:

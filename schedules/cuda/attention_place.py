@@ -14,10 +14,10 @@ from tvm.tirx.script.builder import ir as T
 from ...relay_ops import attention
 from ...relay_ops.attention import Sequence
 from .arch import WARP, Arch
+from .attention_config import AttentionConfig, draws_alone
 
 if TYPE_CHECKING:
     from ...relay_ops.speed_fusion_attention import AttentionProblem
-    from .attention_config import AttentionConfig
 
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 
@@ -119,13 +119,8 @@ class Standing:
         return self.i0, tir.min(self.i0 + self.config.rows, self.at.S1) - 1
 
     def keys_of(self, i: Expr) -> attention.Interval:
-        p = self.problem
-        if p.band is None:
-            return attention.Interval(0, self.at.S2 - 1)
-        prefix = None
-        if "prefix" in self.buffers:
-            prefix = self.buffers["prefix"][self.at.b].astype("int32")
-        return p.band.keys(self.at, i, prefix)
+        prefixes = self.buffers.get("prefix")
+        return attention.visible_keys(self.problem.band, self.at, i, prefixes)
 
     # -- bias and mask ------------------------------------------------------------------------
 
@@ -205,16 +200,13 @@ class Standing:
         return self.problem.keep_prob < 1 and self.wants_output
 
     def kept_pair(self, m: int, h: int, j: Expr, draws: tir.Buffer) -> tuple[Expr, Expr]:
-        """Dropout decisions of an even key j and the next. One draw decides both where the pairs
-        of every row begin at an even number.
-        """
+        """Dropout decisions of an even key j and the next."""
         p, at = self.problem, self.at
-        tnd = p.layout == "TND"
         n, i = self.head_and_row(self.row(m, h))
-        e = attention.pair_number(tnd, p.N1, at, n, i) + j.astype("int64")
+        e = attention.pair_number(p.layout == "TND", p.N1, at, n, i) + j.astype("int64")
         threshold = attention.keep_threshold(p.keep_prob)
         seed, offset = self.scalars["seed"], self.scalars["offset"]
-        if tnd or not isinstance(p.S2, int) or p.S2 % 2:
+        if draws_alone(p):
             one = tir.const(1, "int64")
             first = named(attention.keep(e, seed, offset, threshold, _slots(draws)))
             return first, attention.keep(e + one, seed, offset, threshold, _slots(draws))

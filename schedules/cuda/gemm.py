@@ -39,6 +39,7 @@ from .attention_place import named
 from .gemm_config import GemmConfig, configure
 from .guard import guard
 from .override import overridden
+from .shared_memory import shared_memory
 
 if TYPE_CHECKING:
     from ...relay_ops.int8_matmul import Problem
@@ -85,6 +86,11 @@ def emit(problem: Problem, configs: dict[int | None, GemmConfig], arch: Arch) ->
     return builder.get()
 
 
+def launch(problem: Problem, config: GemmConfig, arch: Arch, buffers: list[tirx.Buffer]) -> None:
+    """One launch of it, as a part of a PrimFunc under construction."""
+    _Kernel(problem, config, arch, buffers).launch()
+
+
 @dataclass(frozen=True)
 class _Rows:
     """An operand as the copies see it: ``rows`` rows of ``k`` bytes."""
@@ -97,6 +103,8 @@ class _Rows:
     """Bytes of a row that lie one after the other and aligned, from every multiple of it on: a
     power of two, at most 16.
     """
+    row_run: int = 1
+    """The same of rows, at every k."""
 
 
 class _Kernel:
@@ -122,7 +130,7 @@ class _Kernel:
 
     def _body(self, block: Expr, thread: Expr, tiles_m: Expr, tiles_n: Expr) -> None:
         p, c = self.p, self.c
-        self.shared = T.alloc_buffer((c.shared_bytes(self.item),), "int8", scope="shared.dyn")
+        self.shared = shared_memory(c.shared_bytes(self.item), "int8")
         fragments = c.warp_m // 16 * (c.warp_n // 8)
         self.acc = T.alloc_buffer((fragments * 4,), "uint32", scope="local")
         self.fa = T.alloc_buffer((c.warp_m // 16 * 4,), "uint32", scope="local")
@@ -139,7 +147,7 @@ class _Kernel:
         self.z = named(z)
         self.rows_a = _Rows(
             lambda row, k: p.a_entry(self.a, p.a_batch(self.z), row, k),
-            *(p.m, p.k, gcd(p.a_run, CHUNK)),
+            *(p.m, p.k, gcd(p.a_run, CHUNK), p.a_row_run),
         )
         self.rows_b = _Rows(
             lambda row, k: self.b[p.b_batch(self.z), row, k],
@@ -147,7 +155,13 @@ class _Kernel:
         )
         self.first_row = named(tile_m * c.block_m)
         self.first_col = named(tile_n * c.block_n)
-        for i in range(fragments * 4):
+        live = None if p.live_rows is None else self.first_row < p.live_rows(*self.operands)
+        with guard(live, p.live_rows is not None):
+            self._compute()
+
+    def _compute(self) -> None:
+        p, c = self.p, self.c
+        for i in range(int(self.acc.shape[0])):
             T.buffer_store(self.acc, tirx.const(0, "uint32"), [i])
         steps = _tiles(p.k, c.block_k)
         ahead = c.stages - 1
@@ -183,6 +197,9 @@ class _Kernel:
     def _load_rows(self, source: _Rows, first: Expr, rows: int, base: Expr, step: Expr) -> None:
         """A tile of ``rows`` rows from ``first`` on, to ``base``: each thread some pieces of it."""
         c = self.c
+        if source.run < 4 and source.row_run % 4 == 0:
+            self._load_columns(source, first, rows, base, step)
+            return
         size = max(source.run, 4)
         per_row = c.block_k // size
         count = rows * per_row
@@ -194,6 +211,31 @@ class _Kernel:
                 target = base + row * c.block_k + chunk * CHUNK + byte % CHUNK
                 target = T.address_of(self.shared[target])
                 self._copy(target, source, first + row, step * c.block_k + byte, size)
+
+    def _load_columns(self, source: _Rows, first: Expr, rows: int, base: Expr, step: Expr) -> None:
+        """The same of columns that are consecutive bytes: squares of 4 x 4 bytes, transposed in
+        registers. Eight neighbouring squares of a column are a sector of global memory.
+        """
+        c = self.c
+        words = T.alloc_buffer((4,), "uint32", scope="local")
+        halves = T.alloc_buffer((4,), "uint32", scope="local")
+        count, along, across = rows * c.block_k // 16, c.block_k // 4, min(8, rows // 4)
+        for i in range(-(-count // c.threads)):
+            index = self.thread + i * c.threads
+            with guard(index < count, (i + 1) * c.threads > count):
+                row = named((index // (across * along) * across + index % across) * 4)
+                byte = named(index // across % along * 4)
+                m, k = named(first + row), named(step * c.block_k + byte)
+                for d in range(4):
+                    T.buffer_store(words, tirx.const(0, "uint32"), [d])
+                    with T.If(tirx.all(m < source.rows, k + d < source.k)), T.Then():
+                        address = T.address_of(source.entry(m, k + d))
+                        T.evaluate(T.ptx["ld.global.b32"](words[d], address))
+                ptx.transpose_bytes(words, halves)
+                for r in range(4):
+                    chunk = ptx.swizzle(row + r, byte // CHUNK, c.block_k // CHUNK)
+                    target = base + (row + r) * c.block_k + chunk * CHUNK + byte % CHUNK
+                    T.evaluate(T.ptx["st.shared.b32"](T.address_of(self.shared[target]), words[r]))
 
     def _copy(self, target: Expr, source: _Rows, row: Expr, k: Expr, size: int) -> None:
         """``size`` bytes of a row, zeros beyond its end."""

@@ -18,11 +18,12 @@ from .attention_config import AttentionConfig
 from .attention_place import LOG2E, float32, int32, named
 from .attention_products import TensorCores, chunk_offset
 from .guard import guard
+from .shared_memory import shared_memory
 
 if TYPE_CHECKING:
     from ...relay_ops.qordered_longformer_attention import Problem
 
-_LOWEST = -1.0e38
+LOWEST = -1.0e38
 """A running maximum before the first key: finite, so that it can be subtracted."""
 _EVERYWHERE = 2**31 - 1
 """The reach of a global key."""
@@ -38,11 +39,11 @@ class LongformerPlace(NamedTuple):
     first: Expr
     """The first position of the tile, or the first global token of the entry."""
     is_global: Expr
-    share: Expr
-    """Of the keys of a tile of global tokens."""
     first_key: Expr
-    """Of the share, which has ``most_keys`` keys or, the last one, fewer."""
-    most_keys: int
+    """Of its share of the keys, for a tile of global tokens."""
+    end_key: Expr
+    first_record: Expr
+    """Where the rows of a tile of global tokens go in the parts that the second kernel adds up."""
 
 
 def shared_bytes(config: AttentionConfig) -> int:
@@ -84,7 +85,7 @@ class Block:
         self.b, self.h, self.first, self.is_global = place[:4]
         self.records = c.query_elements + 2 * c.steps * c.slot_elements
         size = shared_bytes(c) // c.item_bytes
-        self.shared = T.alloc_buffer((size,), "float16", scope="shared.dyn")
+        self.shared = shared_memory(size, "float16")
         self.products = TensorCores(c, self.arch, "float16", self.shared, self.thread)
         self._allocate()
         scales = [self.buffers[f"scale_{kind}_gemm"][0] for kind in ("global", "qkv")]
@@ -125,7 +126,7 @@ class Block:
         self.packed, self.float_bits = local(4, "uint32"), local(2, "uint32")
         self.seen = local(4, "uint32")
         for k in range(rows):
-            T.buffer_store(self.top, float32(_LOWEST), [k])
+            T.buffer_store(self.top, float32(LOWEST), [k])
             T.buffer_store(self.sum, float32(0), [k])
         self.products.clear_output()
 
@@ -168,9 +169,8 @@ class Block:
         here = self.place
         low = tir.Select(self.is_global, here.first_key, tir.max(self.first - W, 0))
         last = tir.min(self.first + self.rows.astype("int64") + W, self.S)
-        share = tir.min(here.first_key + here.most_keys, self.S)
         self.low = named(low)
-        high = named(tir.Select(self.is_global, share, tir.max(last, self.low)))
+        high = named(tir.Select(self.is_global, here.end_key, tir.max(last, self.low)))
         self.near = named((high - self.low).astype("int32"))
         self.before = named(rank[self.b, self.low])
         self.within = named(rank[self.b, high] - self.before)
@@ -424,17 +424,16 @@ class Block:
 
     def _store_part(self, k: int, m: int, h: int) -> None:
         """What the second kernel adds up."""
-        D, share, out = self.p.head_size, self.place.share, self.buffers["part_out"]
-        row = self.first + (self.warp_row + self.lane // 4 + (16 * m + 8 * h)).astype("int64")
-        row = self.buffers["offsets"][self.b].astype("int64") + row
-        record = named(row * self.p.num_heads + self.h)
+        D, out = self.p.head_size, self.buffers["part_out"]
+        row = (self.warp_row + self.lane // 4 + (16 * m + 8 * h)).astype("int64")
+        record = [self.b, named(self.place.first_record + row), self.h]
         for d, at in self._each_pair(m, h):
             for e in range(2):
                 with guard(d + e < D, D % 2 != 0):
-                    T.buffer_store(out, self.products.output[at + e], [share, record, d + e])
+                    T.buffer_store(out, self.products.output[at + e], [*record, d + e])
         with T.If(self.first_column == 0), T.Then():
-            T.buffer_store(self.buffers["part_max"], self.top[k], [share, record])
-            T.buffer_store(self.buffers["part_sum"], self.sum[k], [share, record])
+            T.buffer_store(self.buffers["part_max"], self.top[k], record)
+            T.buffer_store(self.buffers["part_sum"], self.sum[k], record)
 
     def _store_row(self, k: int, m: int, h: int, inverse_scale: Expr) -> None:
         D = self.p.head_size

@@ -1,7 +1,7 @@
 """Longformer attention on NVIDIA GPUs: which tokens are global, and their rows of the input.
 
-Both follow the flags, which only the device knows: the kernels that depend on the number of global
-tokens get it as a dimension.
+Both follow the flags, which only the device knows: it leaves the number of global tokens in its own
+memory, where the kernels that depend on it find it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from ..intrin import cuda
 from .arch import WARP
 from .attention_place import named
-from .guard import guard
+from .shared_memory import shared_memory
 
 if TYPE_CHECKING:
     from ...relay_ops.qordered_longformer_attention import Problem
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _SCAN_THREADS = 1024
 """Of a block that numbers the global tokens of a batch entry; so many positions at a time."""
 _GATHER_THREADS = 128
+_GATHER_BLOCKS = 128
+"""For the global tokens of a batch entry; block i takes tokens i, i + 128, ..."""
 _LANE_STEPS = (1, 2, 4, 8, 16)
 
 
@@ -71,7 +73,7 @@ def _number(
 ) -> None:
     """positions[b] and rank[b]: lanes add up within a warp, then every warp adds the warps."""
     warps = _SCAN_THREADS // WARP
-    shared = T.alloc_buffer((2 * warps * 4,), "uint8", scope="shared.dyn")
+    shared = shared_memory(2 * warps * 4, "uint8")
     before = T.alloc_buffer((1,), "int32", scope="local")
     own = T.alloc_buffer((1,), "int32", scope="local")
     upto = T.alloc_buffer((1,), "int32", scope="local")
@@ -151,7 +153,7 @@ def gather_global_rows(problem: Problem, target: Target) -> tir.PrimFunc:
     """The input's rows at global tokens, one after the other.
 
     x int8 [B, S, H], or its COL32 form [B, H/32, S, 32]; positions, rank, offsets from
-    ``global_tokens`` -> int8 [1, sizes[0], H].
+    ``global_tokens`` -> int8 [1, B*S, H], of which the first sizes[0] rows are written.
     """
     H, col32 = problem.hidden, problem.col32
     piece = next(size for size in (16, 8, 4, 1) if H % size == 0)
@@ -159,37 +161,31 @@ def gather_global_rows(problem: Problem, target: Target) -> tir.PrimFunc:
         T.func_name("gather_global_rows")
         T.func_attr({"tirx.noalias": True})
         B, S = batch_and_sequence(problem)
-        G = T.int64()
+        R = T.int64()
         x = T.arg("x", T.buffer((B, H // 32, S, 32) if col32 else (B, S, H), "int8"))
         positions = T.arg("positions", T.buffer((B, S), "int32"))
         rank = T.arg("rank", T.buffer((B, S + 1), "int32"))
         offsets = T.arg("offsets", T.buffer((B,), "int32"))
-        gathered = T.arg("gathered", T.buffer((tir.const(1, "int64"), G, H), "int8"))
+        gathered = T.arg("gathered", T.buffer((tir.const(1, "int64"), R, H), "int8"))
+        blocks = T.Bind(tir.min(S, _GATHER_BLOCKS))
         with (
-            guard(G > 0, True),  # an empty grid cannot be launched
-            T.thread_binding(G, "blockIdx.x") as row,
+            T.thread_binding(B * blocks, "blockIdx.x") as block,
             T.thread_binding(_GATHER_THREADS, "threadIdx.x") as thread,
             T.sblock("gather"),
         ):
             T.reads()
             T.writes()
-            with T.serial(B) as b:
-                n = named(row - offsets[b].astype("int64"))
-                mine = tir.all(n >= 0, n < rank[b, S].astype("int64"))
-                with T.If(mine), T.Then():
-                    s = named(positions[b, n].astype("int64"))
-                    with T.serial(_tiles(H // piece, _GATHER_THREADS)) as turn:
-                        c = named((turn * _GATHER_THREADS + thread) * piece)
-                        with T.If(c < H), T.Then():
-                            source = [b, c // 32, s] if col32 else [b, s]
-                            first = c % 32 if col32 else c
-                            _copy(
-                                gathered,
-                                (tir.const(0, "int64"), row, c),
-                                x,
-                                (*source, first),
-                                piece,
-                            )
+            b, first = named(block // blocks), named(block % blocks)
+            count, offset = (named(x.astype("int64")) for x in (rank[b, S], offsets[b]))
+            with T.serial(_tiles(tir.max(count - first, 0), blocks)) as turn:
+                n = named(first + turn * blocks)
+                s = named(positions[b, n].astype("int64"))
+                with T.serial(_tiles(H // piece, _GATHER_THREADS)) as strip:
+                    c = named((strip * _GATHER_THREADS + thread) * piece)
+                    with T.If(c < H), T.Then():
+                        source = (b, c // 32, s, c % 32) if col32 else (b, s, c)
+                        target = (tir.const(0, "int64"), offset + n, c)
+                        _copy(gathered, target, x, source, piece)
     return builder.get()
 
 

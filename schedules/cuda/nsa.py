@@ -17,6 +17,7 @@ computed twice instead of kept: nothing of the size T x CmpSkv exists.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import tvm.tirx as tir
@@ -31,6 +32,7 @@ from .nsa_block import Block, Place
 from .nsa_config import NsaConfig, configure
 from .nsa_mask import row_bounds
 from .nsa_select import select
+from .override import overridden
 
 if TYPE_CHECKING:
     from ...relay_ops.nsa_compress_attention import Problem
@@ -48,6 +50,7 @@ def attend_select(problem: Problem, target: Target) -> tir.PrimFunc:
     """
     arch = architectures.of(target)
     config = configure(problem, arch)
+    config = overridden(replace(config, tiles=overridden(config.tiles)))
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("nsa_compress_attention")
         T.func_attr({"tirx.noalias": True})

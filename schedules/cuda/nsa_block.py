@@ -16,14 +16,15 @@ from tvm.tirx.script.builder import ir as T
 from ..intrin import cuda
 from .arch import WARP, Arch
 from .attention_place import LN2, LOG2E, float32, named
-from .attention_products import OrdinaryUnits, TensorCores, chunk_offset
+from .attention_products import OrdinaryUnits, TensorCores
 from .nsa_config import NsaConfig
 from .nsa_mask import Reach, reach
+from .shared_memory import shared_memory
+from .tile_copy import TileCopies
 
 if TYPE_CHECKING:
     from ...relay_ops.nsa_compress_attention import Problem
 
-_UNROLLED_COPIES = 16
 _FLT_MAX = 3.4028234663852886e38
 
 
@@ -72,8 +73,8 @@ class Block:
         self.first_row = named(self.warp * self.c.warp_rows + self.lane // 4)
         self.first_column = named(self.lane % 4 * 2)
         dtype = problem.dtype if self.c.tensor_cores else "float32"
-        self.shared_dtype = dtype
-        self.shared = T.alloc_buffer((config.shared_elements,), dtype, scope="shared.dyn")
+        self.shared = shared_memory(config.shared_elements, dtype)
+        self.copies = TileCopies(self.c, self.shared, thread)
         products = TensorCores if self.c.tensor_cores else OrdinaryUnits
         self.products = products(self.c, arch, problem.dtype, self.shared, thread)
         self.wants_out = "attention_out" in problem.outputs
@@ -283,102 +284,47 @@ class Block:
             tile, step = tile + ahead // per_tile, ahead % per_tile
             with T.If(tile < end), T.Then():
                 self._copy_keys(begin(turn, ahead), named(tile * c.keys), step)
-            if c.asynchronous:
-                cuda.commit_copies()
-
-        def arrive(pending: int) -> None:
-            if c.asynchronous:
-                cuda.wait_copies(pending)
-            T.evaluate(T.cuda.cta_sync())
+            self.copies.commit()
 
         for ahead in range(c.slots - 1):
             copy_ahead(first, tir.const(0, "int32"), ahead)
         if first_pass and c.queries_in_registers:
-            arrive(c.slots - 1)
+            self.copies.arrive(c.slots - 1)
             self.products.load_queries()
         with T.serial(end - first) as turn:
             tile = named(first + turn)
             self.products.forget_addresses()
 
             def slot(number: int) -> Expr | int:
-                arrive(c.slots - 2)
+                self.copies.arrive(c.slots - 2)
                 copy_ahead(tile, turn, number + c.slots - 1)
                 found = begin(turn, number)
                 return found if isinstance(found, int) else named(found)
 
             use(tile, slot)
-        arrive(0)
+        self.copies.arrive(0)
 
     def _copy_queries(self) -> None:
         c, p, at = self.c, self.problem, self.at
 
-        def index(r: Expr) -> list[Expr]:
+        def index(r: Expr, d: Expr) -> list[Expr]:
             position = at.t0 + tir.min(r // p.group, self.count - 1)
-            return [at.query_start + position, at.h2 * p.group + r % p.group]
+            return [at.query_start + position, at.h2 * p.group + r % p.group, d]
 
-        self._copy("query", 0, c.rows, c.steps * c.depth, 0, self.count * p.group, index)
-        if c.asynchronous and c.queries_in_registers:
-            cuda.commit_copies()
+        query, rows = self.buffers["query"], self.count * p.group
+        self.copies.copy(query, p.head_size, 0, c.rows, c.steps * c.depth, 0, rows, index)
+        if c.queries_in_registers:
+            self.copies.commit()
 
     def _copy_keys(self, base: Expr | int, j0: Expr, step: int) -> None:
-        c, at = self.c, self.at
+        c, p, at = self.c, self.problem, self.at
 
-        def index(r: Expr) -> list[Expr]:
-            return [at.key_start + tir.min(j0 + r, at.S2 - 1), at.h2]
+        def index(r: Expr, d: Expr) -> list[Expr]:
+            return [at.key_start + tir.min(j0 + r, at.S2 - 1), at.h2, d]
 
-        name, column = "key", step * c.depth
+        source, size, column = self.buffers["key"], p.head_size, step * c.depth
         if step >= c.steps:
-            name, column = "value", (step - c.steps) * c.depth
+            source, size, column = self.buffers["value"], p.value_size, (step - c.steps) * c.depth
             if c.slices > 1:
                 column = column + at.part * c.width
-        self._copy(name, base, c.keys, c.depth, column, at.S2 - j0, index)
-
-    def _copy(
-        self,
-        name: str,
-        base: Expr | int,
-        rows: int,
-        columns: int,
-        first_column: Expr | int,
-        count: Expr,
-        index: Callable[[Expr], list[Expr]],
-    ) -> None:
-        """shared[base + ..] = [rows][columns] of a tensor from column ``first_column`` on; zeros
-        from row ``count`` and its last column on. ``index`` gives the leading indices of any row.
-        """
-        c, buffer = self.c, self.buffers[name]
-        size = self.problem.value_size if name == "value" else self.problem.head_size
-        per_chunk = cuda.CHUNK_BYTES // c.item_bytes
-        per_row = columns // c.piece
-        total = rows * per_row
-        rounds = -(-total // c.threads)
-        padded = not isinstance(first_column, int) or first_column + columns > size
-        loop = T.unroll if rounds <= _UNROLLED_COPIES else T.serial
-        with loop(rounds) as turn:
-            number = self.thread + turn * c.threads
-            row, column = number // per_row, number % per_row * c.piece
-            target = chunk_offset(row, column // per_chunk, columns // per_chunk, per_chunk)
-            target = base + target + column % per_chunk
-            d, valid = first_column + column, row < count
-            if padded:
-                valid = tir.all(valid, d < size)
-                d = tir.min(d, size - c.piece)
-            source = (*index(row), d)
-            if total % c.threads:
-                with T.If(number < total), T.Then():
-                    self._copy_piece(buffer, target, source, valid)
-            else:
-                self._copy_piece(buffer, target, source, valid)
-
-    def _copy_piece(self, buffer: tir.Buffer, target: Expr, source: tuple, valid: Expr) -> None:
-        c = self.c
-        if c.asynchronous:
-            address = T.address_of(self.shared[target]), T.address_of(buffer[source])
-            cuda.copy_async(*address, c.piece * c.item_bytes, valid)
-            return
-        with T.If(valid):
-            with T.Then(), T.vectorized(c.piece) as v:
-                element = buffer[(*source[:-1], source[-1] + v)]
-                T.buffer_store(self.shared, element.astype(self.shared_dtype), [target + v])
-            with T.Else(), T.vectorized(c.piece) as v:
-                T.buffer_store(self.shared, tir.const(0, self.shared_dtype), [target + v])
+        self.copies.copy(source, size, base, c.keys, c.depth, column, at.S2 - j0, index)

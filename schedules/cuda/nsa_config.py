@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...runtime.errors import UnsupportedError
 from .arch import Arch
-from .attention_config import AttentionConfig
+from .attention_config import AttentionConfig, copies, on_tensor_cores, rings
 
 if TYPE_CHECKING:
     from ...relay_ops.nsa_compress_attention import Problem
@@ -17,10 +17,11 @@ _WIDTH = 256
 _ENOUGH_BLOCKS = (1024, 512)
 """Selection blocks scored at once, where shared memory is to be shared by two thread blocks."""
 _FEWER_BLOCKS = (1024, 512, 256, 128, 64, 32)
+_CHOSEN = (1024, 512, 256, 128, 64, 32)
+"""Indices that one of several passes finds."""
 _BLOCK_RESERVED = 1024
 """Bytes of a multiprocessor's shared memory that each block takes for itself."""
 _FLOAT = 4
-_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class NsaConfig:
     scores [positions][cells]     ``listed`` best blocks so far, then ``blocks`` of the present turn
     places [positions][listed]    the indices of the former
     next   [positions][2][listed] scores and indices that take their place
+    last   [positions][2]         score and index of the last one that a pass chose
     """
 
     tiles: AttentionConfig
@@ -41,6 +43,10 @@ class NsaConfig:
     """Selection blocks scored in one turn over the keys."""
     listed: int
     """Best blocks that are carried from turn to turn; 0 where one turn is always enough."""
+    chosen: int
+    """Best blocks that one pass over all turns finds; the next pass goes on behind the last."""
+    passes: int
+    """As many as there can be."""
 
     @property
     def positions(self) -> int:
@@ -79,8 +85,12 @@ class NsaConfig:
         return self.first_place + self.positions * self.listed
 
     @property
+    def first_last(self) -> int:
+        return self.first_next + self.positions * 2 * self.listed
+
+    @property
     def shared_bytes(self) -> int:
-        return _FLOAT * (self.first_next + self.positions * 2 * self.listed)
+        return _FLOAT * (self.first_last + self.positions * 2 * (self.passes > 1))
 
     @property
     def shared_elements(self) -> int:
@@ -89,24 +99,37 @@ class NsaConfig:
 
 def configure(problem: Problem, arch: Arch) -> NsaConfig:
     """128 rows where the output leaves room in the registers, since every block reads all keys; two
-    blocks a multiprocessor where that leaves room for the scores.
+    blocks a multiprocessor where that leaves room for the scores. One pass, unless the indices of
+    one position alone fill the shared memory.
     """
     wants_blocks = "topk_indices_out" in problem.outputs
     most = -(-problem.cmp_skv_limit // problem.blocks_stride)
-    listed = min(problem.block_count, most)
+    wanted = min(problem.block_count, most)
     half = arch.shared_per_sm // 2 - _BLOCK_RESERVED
     everything = _tilings(problem, arch)
     large = [tiles for tiles in everything if tiles.rows >= 64]
-    searches = (
-        (half, large, _ENOUGH_BLOCKS),
-        (arch.shared_per_block, large, _ENOUGH_BLOCKS),
-        (arch.shared_per_block, everything, _FEWER_BLOCKS),
-    )
-    for limit, tilings, sizes in searches:
+    searches = [
+        (half, large, _ENOUGH_BLOCKS, wanted),
+        (arch.shared_per_block, large, _ENOUGH_BLOCKS, wanted),
+        (arch.shared_per_block, everything, _FEWER_BLOCKS, wanted),
+    ]
+    searches += [
+        (arch.shared_per_block, everything, _FEWER_BLOCKS, chosen)
+        for chosen in _CHOSEN
+        if chosen < wanted
+    ]
+    for limit, tilings, sizes, chosen in searches:
         for tiles in tilings:
             for blocks in (*sizes, most) if wants_blocks else (0,):
                 whole = blocks >= most or not wants_blocks
-                config = NsaConfig(tiles, problem.group, min(blocks, most), 0 if whole else listed)
+                config = NsaConfig(
+                    tiles=tiles,
+                    group=problem.group,
+                    blocks=min(blocks, most),
+                    listed=0 if whole else chosen,
+                    chosen=chosen,
+                    passes=-(-wanted // chosen),
+                )
                 if config.shared_bytes <= limit:
                     return config
     raise UnsupportedError(
@@ -119,17 +142,15 @@ def configure(problem: Problem, arch: Arch) -> NsaConfig:
 
 def _tilings(problem: Problem, arch: Arch) -> list[AttentionConfig]:
     """Tiles of whole query positions, best first."""
-    matrix = {"float16": arch.mma_float16, "bfloat16": arch.mma_bfloat16, "float32": None}
-    tensor_cores = matrix[problem.dtype] is not None
-    item = 2 if tensor_cores else 4
+    tensor_cores = on_tensor_cores(problem.dtype, arch)
     wants_out = "attention_out" in problem.outputs
     value_size = problem.value_size if wants_out else 0
     depth = _depth(problem.head_size, value_size)
     steps, value_steps = -(-problem.head_size // depth), -(-value_size // depth)
     slices = -(-value_steps // max(1, _WIDTH // depth)) if wants_out else 1
     value_steps = -(-value_steps // slices)
-    piece, asynchronous = _piece(problem, item)
-    asynchronous = asynchronous and arch.cp_async
+    sizes = problem.head_size, problem.value_size
+    item, piece, asynchronous = copies(problem.dtype, arch, *sizes)
     found = []
     for warps, row_tiles in ((4, 2), (4, 1), (2, 1), (1, 1)):
         rows = warps * row_tiles * 16
@@ -138,27 +159,19 @@ def _tilings(problem: Problem, arch: Arch) -> list[AttentionConfig]:
             continue
         # Output and queries in registers leave fewer of them for scores.
         most = 32 if not tensor_cores or wide > 128 else 48 if row_tiles == 2 else 64
-        key_tiles = [keys for keys in (64, 48, 32, 16) if keys <= most]
-        found += [
-            AttentionConfig(
-                tensor_cores=tensor_cores,
-                warps=warps,
-                row_tiles=row_tiles,
-                keys=keys,
-                depth=depth,
-                steps=steps,
-                value_steps=value_steps,
-                slices=slices,
-                slots=count,
-                item_bytes=item,
-                piece=piece,
-                asynchronous=asynchronous,
-                queries_in_registers=tensor_cores and steps * depth * row_tiles <= 128,
-            )
-            for keys in key_tiles
-            for count in (4, 2)
-            if asynchronous or count == 2
-        ]
+        found += rings(
+            [keys for keys in (64, 48, 32, 16) if keys <= most],
+            tensor_cores=tensor_cores,
+            warps=warps,
+            row_tiles=row_tiles,
+            depth=depth,
+            steps=steps,
+            value_steps=value_steps,
+            slices=slices,
+            item_bytes=item,
+            piece=piece,
+            asynchronous=asynchronous,
+        )
     return found
 
 
@@ -170,12 +183,3 @@ def _depth(head_size: int, value_size: int) -> int:
         return tiles * (depth + 16)
 
     return min(range(16, 129, 16), key=cost)
-
-
-def _piece(problem: Problem, item: int) -> tuple[int, bool]:
-    """Elements of a copy, and whether an asynchronous one can do it: rows begin at multiples of the
-    head sizes.
-    """
-    sizes = (problem.head_size, problem.value_size)
-    whole = [p for p in (1, 2, 4, 8) if not any(size % p for size in sizes) and p * item <= 16]
-    return whole[-1], _ITEM_BYTES[problem.dtype] == item and whole[-1] * item >= 4

@@ -1,7 +1,7 @@
 """Second pass of the NSA compression attention kernel: scores of the selection blocks, and the k
 best of them for every query position.
 
-    for turn of ``blocks`` selection blocks:                              one, as a rule
+    for pass of ``chosen`` indices, turn of ``blocks`` selection blocks:  one each, as a rule
         scores = 0                                                        shared memory
         for key tile that their windows reach:
             P = exp(S - M) / L                                            registers
@@ -9,11 +9,15 @@ best of them for every query position.
             scores += window of sums
         k rounds of arg-max over (the best so far, scores)                one warp a position
 
+Several passes compute the same scores again, to the bit: each takes those out that are at least as
+good as the last index of the one before.
+
 Everything is added in one order: the same inputs give the same bits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import tvm.tirx as tir
@@ -56,6 +60,18 @@ class _Selection:
         config, block = self.config, self.block
         for k in range(len(block.fragments)):
             T.buffer_store(self.inverse, block.inverse_sum(k), [k])
+        self.wanted = named(tir.min(self.blocks, self.problem.block_count))
+        self._each_position(self._begin)
+        if config.passes == 1:
+            self._pass(tir.const(0, "int32"))
+        else:
+            with T.serial((self.wanted + (config.chosen - 1)) // config.chosen) as number:
+                self._pass(named(number * config.chosen))
+        self._each_position(self._pad)
+
+    def _pass(self, done: Expr) -> None:
+        """Indices ``done`` .. of every position."""
+        config = self.config
         self._each_position(self._forget)
         turns = named((self.blocks + (config.blocks - 1)) // config.blocks)
         with T.serial(turns) as turn:
@@ -63,8 +79,7 @@ class _Selection:
             count = named(tir.min(self.blocks - first, config.blocks))
             self._each_position(lambda p: self._clear(p, count))
             self._score(first, count)
-            self._each_position(lambda p: self._choose(p, first, count))
-        self._each_position(self._pad)
+            self._each_position(lambda p: self._choose(p, first, count, done))
 
     # -- floats of shared memory --------------------------------------------------------------
 
@@ -89,6 +104,9 @@ class _Selection:
     def _next(self, position: Expr, which: int, v: Expr) -> Expr:
         listed = self.config.listed
         return self.config.first_next + (position * 2 + which) * listed + v
+
+    def _last(self, position: Expr, which: int) -> Expr:
+        return self.config.first_last + position * 2 + which
 
     # -- scores -------------------------------------------------------------------------------
 
@@ -222,6 +240,13 @@ class _Selection:
             with T.If(v < count), T.Then():
                 statement(v)
 
+    def _begin(self, position: Expr) -> None:
+        """No index has been chosen yet."""
+        if self.config.passes > 1:
+            with T.If(self.lane == 0), T.Then():
+                for which, value in enumerate((math.inf, -1.0)):
+                    self._put(self._last(position, which), float32(value))
+
     def _forget(self, position: Expr) -> None:
         if self.config.listed:
             self._each(
@@ -240,6 +265,20 @@ class _Selection:
         def one(v: Expr) -> None:
             with T.If(forced[t, tir.min(first + v, columns)].astype("int32") != 0), T.Then():
                 self._put(self._cell(position, self.config.listed + v), float32(_FORCED))
+
+        self._each(count, one)
+        T.evaluate(T.cuda.warp_sync())
+
+    def _take_out(self, position: Expr, first: Expr, count: Expr) -> None:
+        """What earlier passes chose of the blocks of the turn."""
+        score, index = (named(self._get(self._last(position, which))) for which in range(2))
+
+        def one(v: Expr) -> None:
+            cell = named(self._cell(position, self.config.listed + v))
+            found = named(self._get(cell))
+            chosen = tir.all(found == score, first + v <= index.astype("int32"))
+            with T.If(tir.any(found > score, chosen)), T.Then():
+                self._put(cell, float32(_TAKEN))
 
         self._each(count, one)
         T.evaluate(T.cuda.warp_sync())
@@ -263,14 +302,18 @@ class _Selection:
                         T.buffer_store(self.best, score, [0])
                         T.buffer_store(self.where, v + e, [0])
 
-    def _choose(self, position: Expr, first: Expr, count: Expr) -> None:
-        """The k best of the listed blocks and of those of the turn: listed anew, or stored."""
+    def _choose(self, position: Expr, first: Expr, count: Expr, done: Expr) -> None:
+        """The best of the listed blocks and of those of the turn, as many as the pass wants: listed
+        anew, or stored.
+        """
         p, config, best, where = self.problem, self.config, self.best, self.where
         if p.topk_mask is not None:
             self._force(position, first, count)
+        if config.passes > 1:
+            self._take_out(position, first, count)
         candidates = named(config.listed + count)
         last = first + count == self.blocks
-        rounds = named(tir.min(first + count, p.block_count))
+        rounds = named(tir.min(first + count, tir.min(self.wanted - done, config.chosen)))
         self._find_best(position, candidates)
         winner = T.alloc_buffer((2,), scope="local")  # score, and the lane's own while it searches
         at = T.alloc_buffer((2,), "int32", scope="local")
@@ -290,7 +333,11 @@ class _Selection:
                 index = self._index(position, first, at)
                 with T.If(last):
                     with T.Then():
-                        self._store(position, place, index)
+                        self._store(position, done + place, index)
+                        if config.passes > 1:
+                            with T.If(place + 1 == rounds), T.Then():
+                                self._put(self._last(position, 0), winner[0])
+                                self._put(self._last(position, 1), index.astype("float32"))
                     if config.listed:
                         with T.Else():
                             self._put(self._next(position, 0, place), winner[0])

@@ -107,6 +107,22 @@ def pack_pair(
     T.buffer_store(target, bits[0] | bits[1] << tir.const(16, "uint32"), [index])
 
 
+def transpose_bytes(words: tir.Buffer, spare: tir.Buffer) -> None:
+    """Byte r of word d becomes byte d of word r, of four uint32 each; ``spare`` holds four, too."""
+
+    def permute(target: Expr, low: Expr, high: Expr, select: int) -> None:
+        T.evaluate(T.ptx["prmt.b32"](target, low, high, tir.const(select, "uint32")))
+
+    for pair in range(2):
+        low, high = words[2 * pair], words[2 * pair + 1]
+        permute(spare[pair], low, high, 0x5140)  # bytes 0 and 1 of both, in turns
+        permute(spare[2 + pair], low, high, 0x7362)  # bytes 2 and 3
+    for half in range(2):
+        low, high = spare[2 * half], spare[2 * half + 1]
+        permute(words[2 * half], low, high, 0x5410)
+        permute(words[2 * half + 1], low, high, 0x7632)
+
+
 def exp2(target: Expr, x: Expr) -> None:
     """2**x to two units in the last place, minus infinity to 0."""
     T.evaluate(T.ptx["ex2.approx.ftz.f32"](target, x))

@@ -35,6 +35,7 @@ from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops.attention import Sequence
+from ..dimensions import own_dimensions
 from ..intrin import bits, x86_bf16
 from .attention_bf16 import PairTile
 from .attention_row import RowTile
@@ -149,10 +150,10 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
             T.func_attr({"tirx.noalias": True})
             dims: dict[str, Expr] = {}
             buffers = {
-                name: T.arg(name, T.buffer(_shape(tensor.shape, dims), tensor.dtype))
+                name: T.arg(name, T.buffer(own_dimensions(tensor.shape, dims), tensor.dtype))
                 for name, tensor in (problem.tensors | problem.outputs).items()
             }
-            B, S1, S2 = _shape((problem.B, problem.S1, problem.S2), dims)
+            B, S1, S2 = own_dimensions((problem.B, problem.S1, problem.S2), dims)
             parts = (problem, config, unit, buffers, _scalars(problem, buffers))
             divide = _packed_tasks if problem.layout == "TND" else _batch_tasks
             pairs = problem.dtype == "bfloat16" and x86_bf16.available(target)
@@ -209,19 +210,6 @@ def _task_rows(problem: AttentionProblem, config: AttentionConfig) -> set[int]:
         return {1, config.rows}
     whole, rest = divmod(problem.S1, config.rows)
     return {config.rows} if not rest else {rest, config.rows} if whole else {rest}
-
-
-def _shape(shape: tuple, dims: dict[str, Expr]) -> tuple[Expr, ...]:
-    """int64 dimensions; each symbolic one becomes the PrimFunc's own variable, bound by a buffer's
-    shape.
-    """
-
-    def dim(size: int | Expr) -> Expr:
-        if isinstance(size, int):
-            return tir.const(size, "int64")
-        return dims.setdefault(str(size), T.int64())
-
-    return tuple(dim(size) for size in shape)
 
 
 def _scalars(problem: AttentionProblem, buffers: dict[str, tir.Buffer]) -> dict[str, Expr]:

@@ -73,13 +73,8 @@ class Task:
         return j0, count
 
     def keys_of(self, i: Expr) -> attention.Interval:
-        p = self.problem
-        if p.band is None:
-            return attention.Interval(0, self.at.S2 - 1)
-        prefix = None
-        if "prefix" in self.buffers:
-            prefix = self.buffers["prefix"][self.at.b].astype("int32")
-        return p.band.keys(self.at, i, prefix)
+        prefixes = self.buffers.get("prefix")
+        return attention.visible_keys(self.problem.band, self.at, i, prefixes)
 
     def kv(self, name: str, j: Expr, d: Expr) -> Expr:
         p, at = self.problem, self.at

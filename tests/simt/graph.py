@@ -1,6 +1,9 @@
-"""A model lowered for CUDA, run on the CPU: its own kernels interpreted, the rest compiled."""
+"""A model lowered for CUDA, run on the CPU: its own kernels interpreted, the rest compiled; and
+what its host part does.
+"""
 
 import itertools
+import re
 
 import numpy as np
 import tvm
@@ -11,6 +14,30 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from .launch import run
 
 _numbers = itertools.count()
+
+_SHAPES_AND_MEMORY = {
+    f"vm.builtin.{name}"
+    for name in (
+        "alloc_shape_heap",
+        "alloc_storage",
+        "alloc_tensor",
+        "check_tensor_info",
+        "make_shape",
+        "make_tuple",
+        "match_shape",
+        "null_value",
+        "reshape",
+    )
+}
+"""What the virtual machine does without looking at a tensor's elements."""
+
+
+def waits(executable):
+    """Functions of TVM that the host part of a generated module calls and that may wait for the
+    GPU: every one but kernels and those that handle shapes and memory only.
+    """
+    called = set(re.findall(r"call +(vm\.builtin\.\S+)", executable.as_text()))
+    return called - _SHAPES_AND_MEMORY
 
 
 def executable(module):
