@@ -19,6 +19,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "x86-avx512": {"kind": "llvm", "mcpu": "skylake-avx512"},
     "x86-avx512vnni": {"kind": "llvm", "mcpu": "cascadelake"},
     "x86-avx512bf16": {"kind": "llvm", "mcpu": "cooperlake"},
+    "x86-amx": {"kind": "llvm", "mcpu": "sapphirerapids"},
 }
 """Short name -> TVM target of a CPU; ``"llvm"`` is this host, detected."""
 

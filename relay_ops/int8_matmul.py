@@ -106,7 +106,9 @@ class Problem:
     nothing.
     """
     b: relax.TensorType
-    """int8 [zb, N, K padded to ROW_BYTES with zeros]; matrix z is ``b_batch(z)``."""
+    """int8, matrix z is ``b_batch(z)``: [zb, N, K padded to ROW_BYTES with zeros], or in the panels
+    of the target.
+    """
     b_batch: BatchMap
     operands: tuple[relax.TensorType, ...]
     y: relax.TensorType
@@ -115,9 +117,11 @@ class Problem:
     epilogue: Epilogue
     """``epilogue(acc, at(z, row, n), *operand_buffers)`` for z, row and n inside y."""
 
-    def at(self, z: Expr, row: Expr, n: Expr) -> At:
-        """What the epilogue is told of entry (z, row, n)."""
-        return At(z, row, n, n)
+    def at(self, z: Expr, row: Expr, n: Expr, col: Expr | None = None) -> At:
+        """What the epilogue is told of entry (z, row, n), or of ``col`` in the padding of a panel,
+        for which n stands.
+        """
+        return At(z, row, n if col is None else col, n)
 
     def y_index(self, z: Expr, row: Expr, n: Expr) -> list[Expr]:
         """Where entry (z, row, n) lies in y."""
@@ -204,7 +208,7 @@ def pack_weight(
 
     shape = tile(1)
     cols, dot = shape.cols, shape.dot
-    panels, groups = -(-n // cols), -(-k // dot.group)
+    panels, groups = -(-n // cols), dot.groups(k)
     if isinstance(source, np.ndarray):
         z, rows, ks = np.ogrid[:batch, :n, :k]
         b = np.zeros((batch, panels * cols, groups * dot.group), np.int8)
@@ -303,7 +307,7 @@ def int8_matmul(
     left_batch = left_batch or _batch_map(left.batch)
     weight_batch = weight_batch or _batch_map(weight.batch)
     tile = None if weight.tile is None else weight.tile(left.m)
-    if tile is None and weight.is_fixed:
+    if weight.is_fixed and (tile is None or tile.dot.in_tiles):
         types = tuple(operand.ty for operand in operands)
         shape = _dims(batch, left.m, weight.n)
         if order is Order.COL32:
@@ -374,7 +378,7 @@ def _epilogue_dtype(epilogue: Epilogue, operands: Sequence[relax.TensorType]) ->
 def _packed_dot(a, b, left: Left, weight: Weight, tile: Tile, batch, left_batch, weight_batch):
     """dot [batch, M padded to the tile, N/NB, NB], int32."""
     dot, rows = tile.dot, tile.rows
-    groups = -(-weight.k // dot.group)
+    groups = dot.groups(weight.k)
     m = int64(left.m)
     padded_m = tirx.floordiv(m + (rows - 1), rows) * rows
 

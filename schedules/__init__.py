@@ -20,7 +20,7 @@ from .cuda import attention as cuda_attention
 from .cuda import gemm as cuda_gemm
 from .cuda import longformer as cuda_longformer
 from .cuda import nsa as cuda_nsa
-from .llvm import attention, gemm, longformer, nsa
+from .llvm import attention, gemm, gemm_amx, longformer, nsa
 from .tile import Tile
 
 SCHEDULES: dict[str, dict[str, Callable[[PrimFunc, Target], PrimFunc]]] = {
@@ -39,7 +39,7 @@ without a row have a builder of ``int8_matmul``.
 """
 
 TIR_BUILDERS: dict[str, dict[str, Callable[[Any, Target], PrimFunc]]] = {
-    "int8_matmul": {"cuda": cuda_gemm.build},
+    "int8_matmul": {"cuda": cuda_gemm.build, "llvm": gemm_amx.build},
     "qordered_longformer_attention.attention": {
         "cuda": cuda_longformer.attention,
         "llvm": longformer.attention,

@@ -4,7 +4,7 @@ Every tier computes ``C[i] += sum_k A[k] * B[i, k]`` for one group of k, one int
 i, exactly for all int8 values. AVX2 and AVX-512BW have no signed 8-bit product that is exact
 (``vpmaddubsw`` saturates at 16 bits), so both operands are widened to 16 bits. VNNI multiplies
 unsigned by signed: A is shifted to unsigned by adding 128, and `DotProduct.excess` is what that
-adds to the sum.
+adds to the sum. AMX multiplies signed by signed, whole tiles at a time (`x86_amx`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 from tvm.target import Target, codegen
 
+from . import x86_amx
+
 
 @dataclass(frozen=True)
 class DotProduct:
@@ -23,7 +25,9 @@ class DotProduct:
     feature: str
     """LLVM's name of the instruction set it needs; empty for the portable form."""
     intrin: str
-    """Name of the tensor intrinsic; empty for the portable form, which LLVM vectorises."""
+    """Name of the tensor intrinsic; empty for the portable form, which LLVM vectorises, and for
+    `AMX`, whose kernel calls `x86_amx`.
+    """
     mnemonic: str
     """The instruction that the generated code must contain."""
     lanes: int
@@ -35,7 +39,11 @@ class DotProduct:
     a_offset: int
     """What packing adds to each value of A."""
     registers: int
-    """Vector registers of the register file."""
+    """Vector registers of the register file, or tiles."""
+    depth: int = 0
+    """Values of k are padded to a multiple of this; 0: of ``group``."""
+    in_tiles: bool = False
+    """It multiplies whole tiles of registers: a kernel of its own is built around it."""
 
     def __post_init__(self):
         if self.a_offset and self.a_dtype != "uint8":
@@ -46,6 +54,11 @@ class DotProduct:
         if self.a_offset:  # +128 modulo 256 flips the sign bit
             return value.astype("uint8") ^ T.uint8(self.a_offset)
         return value.astype(self.a_dtype)
+
+    def groups(self, k: int) -> int:
+        """Groups of ``k`` values, padded."""
+        depth = self.depth or self.group
+        return -(-k // depth) * depth // self.group
 
     def excess(self, column_sum):
         """What the dot product holds too much, given the int32 sum over k of B's column."""
@@ -139,10 +152,13 @@ AVX512BW = DotProduct(
     "avx512bw", "opferry.dot_16x2_s8s8s32_vpmaddwd", "vpmaddwd", 16, 2, "int16", 0, 32
 )
 AVX2 = DotProduct("avx2", "opferry.dot_8x2_s8s8s32_vpmaddwd", "vpmaddwd", 8, 2, "int16", 0, 16)
+AMX = DotProduct(
+    "amx-int8", "", "tdpbssd", x86_amx.LANES, 4, "int8", 0, 8, depth=x86_amx.DEPTH, in_tiles=True
+)
 PORTABLE = DotProduct("", "", "", 16, 1, "int8", 0, 16)
 
 TIERS = (VNNI_512, VNNI_256, AVX512BW, AVX2)
-"""Fastest first."""
+"""Dot products of vectors, fastest first."""
 
 for _dot, _implementation in (
     (VNNI_512, _vpdpbusd(16)),
@@ -156,6 +172,8 @@ for _dot, _implementation in (
 
 def pick(target: Target) -> DotProduct:
     """The fastest tier that ``target`` has; `PORTABLE` on another architecture."""
+    if x86_amx.available(target):
+        return AMX
     for dot in TIERS:
         if codegen.target_has_features(dot.feature, target):
             return dot

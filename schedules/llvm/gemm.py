@@ -27,7 +27,7 @@ from tvm.tirx import IntImm, PrimFunc, Stmt
 
 from ..intrin import x86
 from ..tile import ROWS, Tile
-from . import tiles
+from . import gemm_amx, tiles
 
 _LINE_BYTES = 64
 
@@ -63,6 +63,8 @@ def tile(target: Target, m: object, n: int, panel: int | None = None) -> Tile:
     columns that consecutive memory of the output holds.
     """
     dot = x86.pick(target)
+    if dot is x86.AMX:
+        return gemm_amx.tile(n, panel)
     config = CONFIGS[dot]
     vectors = min(config.vectors, -(-n // dot.lanes))
     cols = panel or vectors * dot.lanes

@@ -1,0 +1,115 @@
+"""Matrix tiles of x86 (AMX): registers of 16 rows by 64 bytes, and int8 products of whole tiles.
+
+A thread sets the shape of its tiles with `configure` and gives them up with `release`. Linux lends
+them to a process that asks: ``permitted`` does so, once. Both sit in functions given as LLVM text
+(`SOURCE`): a kernel that uses them has ``T.attr(0, IMPORT, SOURCE)`` around its body.
+"""
+
+from __future__ import annotations
+
+import tvm.tirx as tir
+from tvm.ir import Expr
+from tvm.target import Target, codegen
+
+from .x86_bf16 import IMPORT as IMPORT
+
+ROWS = 16
+"""Rows of a tile, at most; of B's tiles, always: groups of 4 consecutive k."""
+DEPTH = 64
+"""Values of k of a row of A: its bytes."""
+LANES = 16
+"""Columns of a tile of B, and int32 of a row of sums."""
+GROUP = 4
+"""Consecutive k of a column that lie together in B."""
+
+# System call 158 is arch_prctl, 0x1023 its request for a part of the processor's state, 18 the
+# tiles' data. Two threads that ask at once are both told. The configuration: palette 1 at byte 0,
+# bytes of a row from byte 16 on, rows from byte 48 on; tiles 0 to 5 hold sums and A, 6 and 7 B.
+SOURCE = """
+@opferry_amx_known = internal global i32 0
+
+declare i64 @syscall(i64, ...)
+declare void @llvm.x86.ldtilecfg(ptr)
+
+define internal i32 @opferry_amx_permitted() noinline {
+  %before = load atomic i32, ptr @opferry_amx_known monotonic, align 4
+  %known = icmp ne i32 %before, 0
+  br i1 %known, label %done, label %ask
+ask:
+  %status = call i64 (i64, ...) @syscall(i64 158, i64 4131, i64 18)
+  %granted = icmp eq i64 %status, 0
+  %after = zext i1 %granted to i32
+  store atomic i32 %after, ptr @opferry_amx_known monotonic, align 4
+  br label %done
+done:
+  %result = phi i32 [ %before, %0 ], [ %after, %ask ]
+  ret i32 %result
+}
+
+define internal i32 @opferry_amx_configure(i64 %rows) alwaysinline {
+  %block = alloca [8 x i64], align 64
+  store [8 x i64] zeroinitializer, ptr %block
+  store i64 1, ptr %block
+  %bytes = getelementptr i64, ptr %block, i64 2
+  store i64 18014673391583296, ptr %bytes
+  %more = getelementptr i64, ptr %block, i64 3
+  store i64 18014673391583296, ptr %more
+  %low = mul i64 %rows, 1103823438081
+  %all = or i64 %low, 1157425104234217472
+  %heights = getelementptr i64, ptr %block, i64 6
+  store i64 %all, ptr %heights
+  call void @llvm.x86.ldtilecfg(ptr %block)
+  ret i32 0
+}
+"""
+
+
+def available(target: Target) -> bool:
+    """Whether ``target`` has int8 products of tiles; ``permitted`` knows Linux only."""
+    triple = str(target.attrs.get("mtriple") or codegen.llvm_get_system_triple())
+    return codegen.target_has_features(["amx-tile", "amx-int8"], target) and "linux" in triple
+
+
+def permitted() -> Expr:
+    """Whether the operating system lets this process use tiles."""
+    return tir.call_extern("int32", "opferry_amx_permitted") != 0
+
+
+def configure(rows: Expr) -> Expr:
+    """Tiles 0 to 5 have ``rows`` rows (int64, 1 to 16), tiles 6 and 7 have 16."""
+    return tir.call_extern("int32", "opferry_amx_configure", rows)
+
+
+def release() -> Expr:
+    return _tile("tilerelease")
+
+
+def zero(tile: int) -> Expr:
+    return _tile("tilezero", _number(tile))
+
+
+def load(tile: int, address: Expr, pitch: int | Expr) -> Expr:
+    """Rows from ``address`` on, ``pitch`` bytes apart."""
+    return _tile("tileloadd64", _number(tile), address, _int64(pitch))
+
+
+def store(tile: int, address: Expr, pitch: int | Expr) -> Expr:
+    """Rows to ``address`` and on, ``pitch`` bytes apart."""
+    return _tile("tilestored64", _number(tile), address, _int64(pitch))
+
+
+def multiply(c: int, a: int, b: int) -> Expr:
+    """int32 C[i, j] += sum over g, e of A[i, 4 g + e] * B[g, 4 j + e], int8, modulo 2^32."""
+    return _tile("tdpbssd", _number(c), _number(a), _number(b))
+
+
+def _tile(name: str, *operands: Expr) -> Expr:
+    return tir.call_llvm_intrin("void", f"llvm.x86.{name}", *operands)
+
+
+def _number(tile: int) -> Expr:
+    return tir.const(tile, "int8")
+
+
+def _int64(value: int | Expr) -> Expr:
+    return tir.const(value, "int64") if isinstance(value, int) else value
