@@ -290,6 +290,54 @@ def test_products_keep_their_sums_in_registers(dtype, product):
             assert not re.search(r"%rsp.*mm|mm.*%rsp", loop[: jump.start()])
 
 
+def test_bfloat16_multiplies_matrix_tiles():
+    """Four sums, two tiles from either side: each is loaded once for two products."""
+    feeds = qkv(S1=128, S2=256, D=64, dtype=BF16)
+    module = build(feeds, target="x86-amx", head_num=2, input_layout="BNSD", scale=0.125)
+    texts = [m.inspect_source("asm") for m in module._executable().imports if m.kind == "llvm"]
+    blocks = re.split(r"\n(?=\.\w+:)", "\n".join(texts))
+    products = [b for b in blocks if "\ttdpbf16ps\t" in b]
+    assert len(products) >= 2  # scores, values
+    for block in products:
+        dots, loads = (block.count(f"\t{name}\t") for name in ("tdpbf16ps", "tileloadd"))
+        assert dots % 4 == 0
+        assert 4 * loads <= 5 * dots  # sums of the output besides, once for 128 keys
+    text = "\n".join(texts)
+    assert "\tldtilecfg\t" in text
+    assert "\ttilerelease" in text
+    assert "vdpbf16ps" not in text
+
+
+@pytest.mark.parametrize("target", ["llvm", "x86-amx"])
+@pytest.mark.parametrize(
+    ("layout", "S1", "S2", "D"),
+    [("BSH", 33, 31, 64), ("SBH", 17, 97, 33), ("BNSD", 300, 290, 80), ("BSND", 64, 160, 128)],
+)
+@pytest.mark.parametrize("mode", [0, 3])
+def test_bfloat16(layout, S1, S2, D, mode, target):
+    """Keys in place and copied, whole and partial blocks of 32 keys, rows and elements."""
+    feeds = qkv(B=2, N1=4, N2=2, S1=S1, S2=S2, D=D, dtype=BF16, layout=layout)
+    feeds["query"] = (feeds["query"].astype(F32) * 3).astype(BF16)  # the maximum moves
+    if mode:
+        feeds["atten_mask"] = CAUSAL
+    check(
+        feeds,
+        target=on(target),
+        head_num=4,
+        input_layout=layout,
+        scale=D**-0.5,
+        sparse_mode=mode,
+    )
+
+
+def test_bfloat16_follows_a_rising_maximum():
+    """Scores rise by more than the reference's slack, in every tile of keys and inside of one."""
+    feeds = qkv(S1=40, S2=700, D=32, dtype=BF16)
+    feeds["query"][:] = 1
+    feeds["key"][:] = np.linspace(-0.9, 0.9, 700).astype(BF16)[:, None]
+    check(feeds, head_num=2, input_layout="BNSD", scale=1.0)
+
+
 @pytest.mark.parametrize("S2", [1, 31, 32, 33, 95, 160])
 def test_masks_of_any_width(S2):
     feeds = qkv(S1=40, S2=S2, D=16) | {"atten_mask": random_mask(40, S2, dtype=np.uint8)}

@@ -1,4 +1,5 @@
-"""Matrix tiles of x86 (AMX): registers of 16 rows by 64 bytes, and int8 products of whole tiles.
+"""Matrix tiles of x86 (AMX): registers of 16 rows by 64 bytes, and int8 and bfloat16 products of
+whole tiles.
 
 A thread sets the shape of its tiles with `configure` and gives them up with `release`. Linux lends
 them to a process that asks: ``permitted`` does so, once. Both sit in functions given as LLVM text
@@ -21,6 +22,7 @@ LANES = 16
 """Columns of a tile of B, and int32 of a row of sums."""
 GROUP = 4
 """Consecutive k of a column that lie together in B."""
+ROW_BYTES = 64
 
 # System call 158 is arch_prctl, 0x1023 its request for a part of the processor's state, 18 the
 # tiles' data. Two threads that ask at once are both told. The configuration: palette 1 at byte 0,
@@ -64,10 +66,21 @@ define internal i32 @opferry_amx_configure(i64 %rows) alwaysinline {
 """
 
 
+REFUSED = (
+    "the operating system does not permit AMX (matrix tiles) to this process, "
+    "allowed: another system, or a library compiled for a target without AMX"
+)
+
+
 def available(target: Target) -> bool:
     """Whether ``target`` has int8 products of tiles; ``permitted`` knows Linux only."""
     triple = str(target.attrs.get("mtriple") or codegen.llvm_get_system_triple())
     return codegen.target_has_features(["amx-tile", "amx-int8"], target) and "linux" in triple
+
+
+def available_bf16(target: Target) -> bool:
+    """Whether ``target`` has bfloat16 products of tiles."""
+    return available(target) and codegen.target_has_features("amx-bf16", target)
 
 
 def permitted() -> Expr:
@@ -101,6 +114,15 @@ def store(tile: int, address: Expr, pitch: int | Expr) -> Expr:
 def multiply(c: int, a: int, b: int) -> Expr:
     """int32 C[i, j] += sum over g, e of A[i, 4 g + e] * B[g, 4 j + e], int8, modulo 2^32."""
     return _tile("tdpbssd", _number(c), _number(a), _number(b))
+
+
+def multiply_bf16(c: int, a: int, b: int) -> Expr:
+    """float32 C[i, j] += sum over g, e of A[i, 2 g + e] * B[g, 2 j + e], bfloat16.
+
+    Products are exact, each sum of two is rounded to float32, subnormal operands and results count
+    as zero.
+    """
+    return _tile("tdpbf16ps", _number(c), _number(a), _number(b))
 
 
 def _tile(name: str, *operands: Expr) -> Expr:

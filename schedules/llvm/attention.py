@@ -17,15 +17,16 @@ keys of a row become the bits of a word.
 
 The memory of a thread is O(C * D + R * D), whatever S1 and S2 are.
 
-Where the target multiplies pairs of bfloat16 (AVX512-BF16), bfloat16 tasks take that instruction in
-both products (``attention_bf16``); few query rows go row by row (``attention_row``).
+Where the target multiplies matrix tiles (AMX) or pairs (AVX512-BF16) of bfloat16, bfloat16 tasks
+take these instructions in both products (``attention_amx``, ``attention_bf16``); few query rows go
+row by row (``attention_row``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import tvm.tirx as tir
@@ -36,7 +37,8 @@ from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops.attention import Sequence
 from ..dimensions import own_dimensions
-from ..intrin import bits, x86_bf16
+from ..intrin import bits, x86_amx, x86_bf16
+from .attention_amx import TileTask
 from .attention_bf16 import PairTile
 from .attention_row import RowTile
 from .attention_task import opaque
@@ -119,6 +121,21 @@ def configure(problem: AttentionProblem, unit: VectorUnit) -> AttentionConfig:
 
 LONG_ROWS = 512
 """From so many query rows on, what the higher tile of the last task computes in vain is little."""
+WIDE_TASKS = 64
+"""Tasks that leave the cores of most machines a share of equal size; of matrix tiles."""
+
+
+def _tile_groups(problem: AttentionProblem, config: AttentionConfig) -> int:
+    """More where matrix tiles multiply: what stages the values is then a larger part."""
+    groups = 8 if problem.D <= 256 else 4
+    sizes = (problem.B, problem.S1)
+    if all(isinstance(size, int) for size in sizes):
+        rows = problem.B * problem.N1 * problem.S1
+        while groups > 2 and rows < WIDE_TASKS * groups * config.width:
+            groups //= 2
+    return groups
+
+
 ROW_TASKS = 32
 """Tasks that occupy the cores of any machine well enough; row by row."""
 PART_TILES = 2
@@ -144,6 +161,9 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
     """
     unit = vector_unit(target)
     config = configure(problem, unit)
+    if problem.dtype == "bfloat16" and x86_amx.available_bf16(target):
+        config = replace(config, vectors=2, unroll=4)
+        config = replace(config, groups=_tile_groups(problem, config))
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name("speed_fusion_attention")
@@ -156,10 +176,13 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
             B, S1, S2 = own_dimensions((problem.B, problem.S1, problem.S2), dims)
             parts = (problem, config, unit, buffers, _scalars(problem, buffers))
             divide = _packed_tasks if problem.layout == "TND" else _batch_tasks
-            pairs = problem.dtype == "bfloat16" and x86_bf16.available(target)
-            tile, row_tile = (PairTile if pairs else Tile)(*parts), RowTile(*parts)
-            sources = [x86_bf16.SOURCE] * pairs + [bits.SOURCE] * problem.mask
+            kind, sources = _products(problem, config, target)
+            tile, row_tile = kind(*parts), RowTile(*parts)
             with T.attr(0, x86_bf16.IMPORT, "".join(sources)) if sources else nullcontext():
+                if kind is TileTask:
+                    _assert(
+                        x86_amx.permitted(), f"{problem.label}: {x86_amx.REFUSED}", "RuntimeError"
+                    )
                 if config.parts > 1:
                     row_tile.allocate_parts(B)
                 with divide(problem, config, buffers, B, S1, S2) as task:
@@ -167,6 +190,20 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
                 if config.parts > 1:
                     _join(row_tile, B, S1, S2)
         return builder.get()
+
+
+def _products(
+    problem: AttentionProblem, config: AttentionConfig, target: Target
+) -> tuple[type[Tile], list[str]]:
+    """What multiplies where rows lie across the lanes, and the LLVM text that it needs."""
+    sources = [bits.SOURCE] * problem.mask
+    if problem.dtype != "bfloat16" or max(_task_rows(problem, config)) <= config.few:
+        return Tile, sources
+    if x86_amx.available_bf16(target):
+        return TileTask, [x86_amx.SOURCE, *sources]
+    if x86_bf16.available(target):
+        return PairTile, [x86_bf16.SOURCE, *sources]
+    return Tile, sources
 
 
 def _emit(tile: Tile, row_tile: RowTile, task: Task) -> None:
@@ -337,6 +374,6 @@ def _assert_list(
     )
 
 
-def _assert(condition: Expr, text: str) -> None:
-    with T.Assert(condition, text, "ValueError"):
+def _assert(condition: Expr, text: str, kind: str = "ValueError") -> None:
+    with T.Assert(condition, text, kind):
         T.evaluate(0)

@@ -29,6 +29,11 @@ class PairTile(Tile):
         """Pairs along D."""
         return (self.problem.D + 1) // 2
 
+    @property
+    def query_rows(self) -> int:
+        """Rows of the queries of a group."""
+        return self.pairs
+
     def _allocate_operands(self) -> None:
         p, c = self.problem, self.config
         self.queries = T.alloc_buffer((c.groups * self.pairs, c.width), "uint32")
@@ -49,7 +54,7 @@ class PairTile(Tile):
         def element_wise(group: Expr) -> None:
             with T.serial(self.pairs) as d, T.serial(c.width) as r:
                 pair = self._pair("query", self.n, row(group * c.width + r), d)
-                T.buffer_store(self.queries, pair, [group * self.pairs + d, r])
+                T.buffer_store(self.queries, pair, [group * self.query_rows + d, r])
 
         def in_blocks(group: Expr) -> None:
             with T.serial(-(-self.pairs // L)) as strip, T.serial(c.vectors) as u:
@@ -60,7 +65,7 @@ class PairTile(Tile):
                     T.buffer_store(block, pairs, [r, ramp(0, L)])
                 transpose_square(block, L)
                 for k in range(L):
-                    index = [group * self.pairs + first + k, ramp(u * L, L)]
+                    index = [group * self.query_rows + first + k, ramp(u * L, L)]
                     T.buffer_store(self.queries, load_lanes(block, [k, 0], L), index)
 
         with T.serial(self.groups) as group:
@@ -155,8 +160,12 @@ class PairTile(Tile):
             for u in range(c.vectors):
                 first, second = weight(2 * pair, u), weight(2 * pair + 1, u)
                 if self.wants_output:
-                    rounded = x86_bf16.round_pairs(first, second)
+                    rounded = self._rounded(first, second)
                     T.buffer_store(self.weights, rounded, [pair, ramp(u * c.lanes, c.lanes)])
+
+    def _rounded(self, first: Expr, second: Expr) -> Expr:
+        """A register of pairs from two of float32."""
+        return x86_bf16.round_pairs(first, second)
 
     def _multiply_values(
         self, acc: tir.Buffer, j0: Expr, count: Expr, first: Expr, width: int

@@ -21,6 +21,11 @@ from .vector import exp2_weight, float32, load_lanes, ramp, to_float32
 class Tile(CellTask):
     """Emits the statements of a task, across the lanes."""
 
+    @property
+    def depth(self) -> int:
+        """Rows of the output of a group."""
+        return self.problem.D
+
     def emit(self) -> None:
         c, i0 = self.config, self.i0
         self.groups = T.Bind((self.rows + (c.width - 1)) // c.width)
@@ -37,14 +42,14 @@ class Tile(CellTask):
     # -- set-up and results -------------------------------------------------------------------
 
     def _allocate(self) -> None:
-        p, c = self.problem, self.config
+        c = self.config
         self.scores = T.alloc_buffer((c.keys, c.width))
         self.top = T.alloc_buffer((c.rows,))
         self.sum = T.alloc_buffer((c.rows,))
         self.tile_top = T.alloc_buffer((c.width,), scope="local")
         self.correction = T.alloc_buffer((c.width,), scope="local")
         if self.wants_output:
-            self.output = T.alloc_buffer((c.groups * p.D, c.width))
+            self.output = T.alloc_buffer((c.groups * self.depth, c.width))
         self._allocate_operands()
         self._allocate_cells()
 
@@ -106,7 +111,7 @@ class Tile(CellTask):
                         store(first + k, u * L + v, block[k, v])
 
     def _clear(self) -> None:
-        p, c = self.problem, self.config
+        c = self.config
         with T.serial(self.groups) as group:
             for u in range(c.vectors):
                 with T.vectorized(c.lanes) as v:
@@ -114,12 +119,8 @@ class Tile(CellTask):
                     T.buffer_store(self.top, float32(attention.EMPTY_ROW_MAX), [r])
                     T.buffer_store(self.sum, float32(0), [r])
             if self.wants_output:
-                with T.serial(p.D) as d:
-                    for u in range(c.vectors):
-                        with T.vectorized(c.lanes) as v:
-                            T.buffer_store(
-                                self.output, float32(0), [group * p.D + d, u * c.lanes + v]
-                            )
+                with T.serial(self.depth) as d:
+                    self._fill(self.output, group * self.depth + d, lambda r: float32(0))
 
     def _store(self) -> None:
         if self.wants_output:
@@ -143,7 +144,7 @@ class Tile(CellTask):
     def _store_elements(self, group: Expr) -> None:
         p, c = self.problem, self.config
         with T.serial(tir.min(c.width, self.rows - group * c.width)) as r, T.serial(p.D) as d:
-            scaled = self.output[group * p.D + d, r] * self.correction[r]
+            scaled = self.output[group * self.depth + d, r] * self.correction[r]
             self.put(group * c.width + r, d, T.Bind(scaled))
 
     def _store_blocks(self, group: Expr) -> None:
@@ -155,7 +156,7 @@ class Tile(CellTask):
             for k in range(L):
                 with T.vectorized(L) as v:
                     r = u * L + v
-                    scaled = self.output[group * p.D + first + k, r] * self.correction[r]
+                    scaled = self.output[group * self.depth + first + k, r] * self.correction[r]
                     T.buffer_store(block, scaled, [k, v])
             transpose_square(block, L)
             for k in range(L):
@@ -362,14 +363,14 @@ class Tile(CellTask):
     def _accumulate_block(
         self, group: Expr, j0: Expr, count: Expr, first: Expr, width: int
     ) -> None:
-        p, c = self.problem, self.config
+        c = self.config
         acc = T.alloc_buffer((width, c.width), scope="local")
         for k in range(width):
-            row = group * p.D + first + k
+            row = group * self.depth + first + k
             self._fill(acc, k, lambda r, row=row: self.output[row, r] * self.correction[r])
         self._multiply_values(acc, j0, count, first, width)
         for k in range(width):
-            self._fill(self.output, group * p.D + first + k, lambda r, k=k: acc[k, r])
+            self._fill(self.output, group * self.depth + first + k, lambda r, k=k: acc[k, r])
 
     def _multiply_values(
         self, acc: tir.Buffer, j0: Expr, count: Expr, first: Expr, width: int
