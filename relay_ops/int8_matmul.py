@@ -9,7 +9,8 @@ NB, G and the packing of a are the target's (`schedules.INT8_TILES`). Where the 
 takes a shifted a, the surplus is a vector per column of b, subtracted before the epilogue.
 
 Targets without a row there have a kernel of their own instead (`schedules.TIR_BUILDERS`), which is
-given a `Problem`; b is then stored [zb, N, K], rows zero-padded to whole `ROW_BYTES`.
+given a `Problem`; b is then stored [zb, N, K], rows zero-padded to whole `ROW_BYTES`, or, where the
+target has them and b must be packed anyway, in the panels of `schedules.INT8_PANELS`.
 
 `Weight` and `int8_matmul` take batched matrices; N and K that are only known at the call lead to a
 plain kernel without packing. M and the batch may be symbolic in both.
@@ -26,6 +27,7 @@ from tvm.ir import Expr
 from tvm.target import Target
 
 from .. import schedules
+from ..schedules.cuda.panels import Panels
 from ..schedules.tile import ROWS, Tile
 from .dims import int64, is_one
 from .op import Dim, te_kernel, tir_kernel
@@ -106,7 +108,9 @@ class Problem:
     nothing.
     """
     b: relax.TensorType
-    """int8 [zb, N, K padded to ROW_BYTES with zeros]; matrix z is ``b_batch(z)``."""
+    """int8 [zb, N, K padded to ROW_BYTES with zeros], or in ``b_panels``; matrix z is
+    ``b_batch(z)``.
+    """
     b_batch: BatchMap
     operands: tuple[relax.TensorType, ...]
     y: relax.TensorType
@@ -114,6 +118,18 @@ class Problem:
     order: Order
     epilogue: Epilogue
     """``epilogue(acc, at(z, row, n), *operand_buffers)`` for z, row and n inside y."""
+    b_panels: Panels | None = None
+
+    @property
+    def b_entry(self) -> Entry:
+        """``b_entry(buffer, zb, n, k)``: element of b, for k up to ``b_k``."""
+        return self.b_panels.entry if self.b_panels else row_major
+
+    @property
+    def b_k(self) -> int:
+        """K with the zeros that b is stored with."""
+        stored = int(self.b.shape[2])
+        return stored * self.b_panels.row_bytes if self.b_panels else stored
 
     def at(self, z: Expr, row: Expr, n: Expr) -> At:
         """What the epilogue is told of entry (z, row, n)."""
@@ -135,7 +151,7 @@ class Weight:
 
     data: relax.Expr
     """int8 [batch, N/NB, K/G, NB, G] packed; otherwise any shape that ``entry`` reads, which is
-    [batch, N, K padded] for targets with a kernel of their own.
+    [batch, N, K padded], or in ``panels``, for targets with a kernel of their own.
     """
     excess: relax.Expr | None
     """int32 [batch, N padded to NB]: the surplus of the target's dot product, if it has one."""
@@ -145,6 +161,7 @@ class Weight:
     entry: Entry
     tile: Callable[[Dim], Tile] | None
     """``tile(M)``: the register tile for M rows."""
+    panels: Panels | None = None
 
     @property
     def is_fixed(self) -> bool:
@@ -197,7 +214,11 @@ def pack_weight(
         data = relax.const(source) if isinstance(source, np.ndarray) else source
         return Weight(data, None, batch, n, k, entry, None)
     if target.kind.name not in schedules.INT8_TILES:
-        return Weight(_rows(bb, source, n, k, batch, entry), None, batch, n, k, row_major, None)
+        panels = schedules.INT8_PANELS[target.kind.name](target)
+        if panels is None or _is_rows(source, k, entry):
+            return Weight(_rows(bb, source, n, k, batch, entry), None, batch, n, k, row_major, None)
+        data = _in_panels(bb, panels, source, n, k, batch, entry)
+        return Weight(data, None, batch, n, k, panels.entry, None, panels)
 
     def tile(m: Dim) -> Tile:
         return schedules.INT8_TILES[target.kind.name](target, m, n, panel)
@@ -246,6 +267,11 @@ def pack_weight(
     return Weight(data, excess, batch, n, k, entry, tile)
 
 
+def _is_rows(source: np.ndarray | relax.Expr, k: int, entry: Entry) -> bool:
+    """Whether what comes with the call has rows that need no packing."""
+    return not isinstance(source, np.ndarray) and entry is row_major and k % ROW_BYTES == 0
+
+
 def _rows(
     bb: relax.BlockBuilder,
     source: np.ndarray | relax.Expr,
@@ -261,7 +287,7 @@ def _rows(
         b = np.zeros((batch, n, padded_k), np.int8)
         b[:, :, :k] = entry(source, z, rows, ks)
         return relax.const(b)
-    if entry is row_major and padded_k == k:
+    if _is_rows(source, k, entry):
         return source
 
     def rows(b: te.Tensor) -> te.Tensor:
@@ -272,6 +298,35 @@ def _rows(
         return te.compute(_dims(batch, n, padded_k), value, name="pack_weight")
 
     return te_kernel(bb, "int8_matmul.pack_weight", rows, source)
+
+
+def _in_panels(
+    bb: relax.BlockBuilder,
+    panels: Panels,
+    source: np.ndarray | relax.Expr,
+    n: int,
+    k: int,
+    batch: Dim,
+    entry: Entry,
+) -> relax.Expr:
+    """int8, as `Panels` says."""
+    along_n, along_k = panels.count(n, k)
+    if isinstance(source, np.ndarray):
+        z, rows, ks = np.ogrid[:batch, :n, :k]
+        b = np.zeros((batch, along_n * panels.rows, along_k * panels.row_bytes), np.int8)
+        b[:, :n, :k] = entry(source, z, rows, ks)
+        z, *place = np.ogrid[:batch, :along_n, :along_k, : panels.rows, : panels.row_bytes]
+        return relax.const(b[(z, *panels.stored(*place))])
+
+    def pack(b: te.Tensor) -> te.Tensor:
+        def value(z, *place):
+            row, depth = panels.stored(*place)
+            return tirx.if_then_else(tirx.all(row < n, depth < k), entry(b, z, row, depth), _i8(0))
+
+        shape = _dims(batch, along_n, along_k, panels.rows, panels.row_bytes)
+        return te.compute(shape, value, name="pack_weight")
+
+    return te_kernel(bb, "int8_matmul.pack_weight", pack, source)
 
 
 def int8_matmul(
@@ -324,6 +379,7 @@ def int8_matmul(
             y=y,
             order=order,
             epilogue=epilogue,
+            b_panels=weight.panels,
         )
         func = schedules.tir_builder("int8_matmul", target)(problem, target)
         return tir_kernel(bb, kernel, func, [left.data, weight.data, *operands], y)

@@ -20,6 +20,7 @@ from .cuda import attention as cuda_attention
 from .cuda import gemm as cuda_gemm
 from .cuda import longformer as cuda_longformer
 from .cuda import nsa as cuda_nsa
+from .cuda.panels import Panels
 from .llvm import attention, gemm, longformer, nsa
 from .tile import Tile
 
@@ -37,6 +38,9 @@ INT8_TILES: dict[str, Callable[..., Tile]] = {"llvm": gemm.tile}
 """Target kind -> how an int8 matmul packs its operands: ``tile(target, m, n, panel)``. Kinds
 without a row have a builder of ``int8_matmul``.
 """
+
+INT8_PANELS: dict[str, Callable[[Target], Panels | None]] = {"cuda": cuda_gemm.panels}
+"""Target kind without a row above -> what weights are packed to that do not come as rows."""
 
 TIR_BUILDERS: dict[str, dict[str, Callable[[Any, Target], PrimFunc]]] = {
     "int8_matmul": {"cuda": cuda_gemm.build},
