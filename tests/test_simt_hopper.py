@@ -224,6 +224,87 @@ def test_descriptors_that_are_refused(descriptor, at, message):
         run(product(descriptor, fields(1, 0, 1024), at), *zeros())
 
 
+def transposed_product(kind, fields, n=128, written=False):
+    """d = a @ b of one warpgroup: a in registers, b as rows of k; written: a register too soon."""
+    registers = n // 2
+    mma = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind}"
+
+    @T.prim_func(s_tir=True, private=True)
+    def func(
+        a: T.Buffer((128, 4), "uint32"), b: T.Buffer((8192,), "uint16"),
+        d: T.Buffer((128, registers), "float32"),
+    ):  # fmt: skip
+        for tx in T.thread_binding(128, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                sm = T.alloc_buffer((8192,), "uint16", scope="shared")
+                acc = T.alloc_buffer((registers,), "float32", scope="local")
+                left = T.alloc_buffer((4,), "uint32", scope="local")
+                for i in range(64):
+                    sm[i * 128 + tx] = b[i * 128 + tx]
+                T.ptx["fence.proxy.async.shared::cta"]()
+                T.cuda.cta_sync()
+                for i in T.unroll(4):
+                    left[i] = a[tx, i]
+                T.ptx["wgmma.fence.sync.aligned"]()
+                T.ptx[mma](
+                    *[acc[i] for i in range(registers)],
+                    *[left[i] for i in range(4)],
+                    T.uint64(fields >> 32) << T.uint64(32)
+                    | T.uint64(fields & 0xFFFFFFFF)
+                    | T.Cast("uint64", T.cuda.cvta_generic_to_shared(T.address_of(sm[0])))
+                    >> T.uint64(4),
+                    T.ptx.pred(T.bool(False)),
+                    1,
+                    1,
+                    1,
+                )
+                T.ptx["wgmma.commit_group.sync.aligned"]()
+                if written:
+                    left[0] = T.uint32(9)
+                T.ptx["wgmma.wait_group.sync.aligned"](0)
+                for i in T.unroll(registers):
+                    d[tx, i] = acc[i]
+
+    return func
+
+
+# A[10][5]: warp 0, row 2 + 8: second register of thread 4 * 2 + 2, upper half. B[5][19]: row 5 of
+# 128 bytes, bytes 38 and 39: chunk 2 ^ 5 = 7. C[10][19] as above.
+# A[61][12]: warp 3, row 13 = 5 + 8, second half of k: fourth register of thread 96 + 4 * 5 + 2,
+# lower half. B[12][70]: second 8 rows, row 4; second 64 columns, byte 12: chunk 0 ^ 4. C[61][70]:
+# column 8 * 8 + 2 * 3: thread 96 + 4 * 5 + 3, register 4 * 8 + 2
+HALVES = [
+    ("f16", (10, 1, 16), 640 + 7 * 16 + 6, (9, 11)),
+    ("bf16", (118, 3, 0), 1024 + 2048 + 512 + 4 * 16 + 12, (119, 34)),
+]
+
+
+@pytest.mark.parametrize(("kind", "at_a", "at_b", "at_d"), HALVES)
+def test_products_of_registers_and_rows_of_k(kind, at_a, at_b, at_d):
+    """Eight rows of 64 columns are 1024 bytes; so is the way to the next 64, times two."""
+    three, minus_two = {"f16": (0x4200, 0xC000), "bf16": (0x4040, 0xC000)}[kind]
+    a, b = np.zeros((128, 4), np.uint32), np.zeros(8192, np.uint16)
+    d = np.full((128, 64), np.nan, np.float32)
+    a[at_a[:2]], b[at_b // 2] = three << at_a[2], minus_two
+    run(transposed_product(kind, fields(1, 2048, 1024)), a, b, d)
+    expected = np.zeros((128, 64))
+    expected[at_d] = -6
+    assert_array_equal(d, expected)
+
+
+def test_left_registers_stay_until_a_wait():
+    a, b = np.zeros((128, 4), np.uint32), np.zeros(8192, np.uint16)
+    with pytest.raises(SimtError, match="register 0 of left written while wgmma reads it"):
+        run(
+            transposed_product("f16", fields(1, 2048, 1024), written=True),
+            a,
+            b,
+            np.zeros((128, 64), np.float32),
+        )
+
+
 def test_phases_of_a_barrier():
     """Three copies one after the other through one buffer and one barrier."""
 

@@ -9,9 +9,16 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
-from ..intrin import cuda
+from ..intrin import cuda, hopper
 from .attention_place import Place, Standing, float32, named, store_records
-from .attention_products import OrdinaryUnits, Products, TensorCores, chunk_offset
+from .attention_products import (
+    OrdinaryUnits,
+    Products,
+    TensorCores,
+    Warpgroups,
+    chunk_offset,
+    shared_row,
+)
 
 _UNROLLED_COPIES = 16
 
@@ -20,31 +27,40 @@ class Block(Standing):
     """Emits the statements of a block.
 
     The ring: tile t of keys goes through ``steps`` slots, its values through ``value_steps``, one
-    after the other. Before a slot's content is used, the copy that is ``slots - 1`` ahead starts
-    into the slot that was used last; one barrier per slot serves both.
+    after the other. Before a slot's content is used, the copy that is ``ahead`` slots ahead starts
+    into the slot that was used last, or before that; one barrier per slot serves both.
     """
 
     def emit(self, place: Place) -> None:
         c = self.config
         self.place(place)
-        self.shared = T.alloc_buffer((c.shared_elements,), self._shared_dtype, scope="shared.dyn")
+        self.shared = T.alloc_buffer(
+            (c.shared_elements,),
+            self._shared_dtype,
+            scope="shared.dyn",
+            align=hopper.ATOM_BYTES if c.wgmma else -1,
+        )
         make = TensorCores if c.tensor_cores else OrdinaryUnits
+        if c.wgmma:
+            make = Warpgroups
         self.products: Products = make(c, self.arch, self.problem.dtype, self.shared, self.thread)
         self._allocate()
         first, end = self._key_tiles()
         self._copy_queries()
-        for ahead in range(c.slots - 1):
+        for ahead in range(c.ahead):
             self._copy_ahead(first, end, tir.const(0, "int32"), ahead)
         if c.queries_in_registers:
-            self._arrive(c.slots - 1)
+            self._arrive(c.ahead)
             self.products.load_queries()
         with T.serial(end - first) as turn:
             tile = named(first + turn)
             self.products.forget_addresses()
             self._scores(tile, end, turn)
+            self.products.wait(0)
             self._softmax(named(tile * c.keys))
             if self.wants_output:
                 self._values(tile, end, turn)
+        self.products.wait(0)
         if c.asynchronous:
             cuda.wait_copies(0)
         self._store()
@@ -90,7 +106,11 @@ class Block(Standing):
             n, i = self.head_and_row(r)
             return attention.element(p.layout, p.D, self.at.b, n, self.at.query_start + i, d)
 
-        self._copy("query", 0, c.rows, c.steps * c.depth, 0, self.rows, index)
+        parts = c.steps if c.wgmma else 1
+        width = c.steps * c.depth // parts
+        for part in range(parts):
+            base = part * c.rows * width
+            self._copy("query", base, c.rows, width, part * width, self.rows, index)
         if c.asynchronous and c.queries_in_registers:
             cuda.commit_copies()
 
@@ -147,7 +167,8 @@ class Block(Standing):
             if not (isinstance(first_column, int) and first_column + columns <= p.D):
                 valid = tir.all(valid, d < p.D)
                 inside = tir.min(d, p.D - c.piece)
-            target = chunk_offset(row, column // per_chunk, columns // per_chunk, per_chunk)
+            held = shared_row(c, row) if name == "query" else row
+            target = chunk_offset(held, column // per_chunk, columns // per_chunk, per_chunk)
             target = base + target + column % per_chunk
             source = (*index(row, inside),)
             if total % c.threads:
@@ -187,11 +208,15 @@ class Block(Standing):
         """Copies up to a group are there, of all threads; and all have used what came before."""
         if self.config.asynchronous:
             cuda.wait_copies(pending)
+        if self.config.wgmma:
+            hopper.fence_shared()
         T.evaluate(T.cuda.cta_sync())
 
     def _next_slot(self, tile: Expr, end: Expr, turn: Expr, number: int) -> Expr | int:
-        self._arrive(self.config.slots - 2)
-        self._copy_ahead(tile, end, turn, number + self.config.slots - 1)
+        # ptxas gives up on products of several steps of D that are under way around the loop.
+        self.products.wait(0 if not number and self.config.steps > 1 else 1)
+        self._arrive(self.config.ahead - 1)
+        self._copy_ahead(tile, end, turn, number + self.config.ahead)
         return named(self._slot(turn, number)) if self._moves else self._slot(turn, number)
 
     @property

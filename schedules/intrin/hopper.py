@@ -113,6 +113,28 @@ def multiply_s8(c: Sequence[Expr], a: Expr, b: Expr) -> None:
     T.evaluate(T.ptx[name](*c, a, b, T.ptx.pred(tir.const(True, "bool"))))
 
 
+def multiply(
+    dtype: str,
+    c: Sequence[Expr],
+    a: Expr | Sequence[Expr],
+    b: Expr,
+    accumulate: bool = True,
+    transposed: bool = False,
+) -> None:
+    """c[64, N] += a[64, 16] @ b[16, N] of float16 or bfloat16 in float32, or without the sum.
+
+    ``a`` is a descriptor, or the registers of four fragments of `cuda`, one for each warp;
+    ``transposed``: b lies as rows of N, 64 of them, one row for each k.
+    """
+    kind = {"float16": "f16", "bfloat16": "bf16"}[dtype]
+    name = f"wgmma.mma_async.sync.aligned.m64n{2 * len(c)}k16.f32.{kind}.{kind}"
+    sums = T.ptx.pred(tir.const(accumulate, "bool"))
+    if isinstance(a, Sequence):
+        T.evaluate(T.ptx[name](*c, *a, b, sums, 1, 1, int(transposed)))
+    else:
+        T.evaluate(T.ptx[name](*c, a, b, sums, 1, 1, 0, int(transposed)))
+
+
 def commit_products() -> None:
     """All products since the last commit are one group."""
     T.evaluate(T.ptx["wgmma.commit_group.sync.aligned"]())
