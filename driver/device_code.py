@@ -73,9 +73,9 @@ def has_nvrtc() -> bool:
 def compile_source(source: str, arch: str) -> tuple[str, bytes]:
     """Kernels in CUDA C++ -> format and machine code for ``arch`` (``sm_80``).
 
-    nvcc's "fatbin" also carries PTX, which later GPUs translate when they load it; NVRTC's "cubin"
-    is for GPUs of this generation. Without fast-math: divisions, square roots and subnormals are
-    IEEE's.
+    nvcc's "fatbin" also carries PTX, which later GPUs translate when they load it (none for
+    ``sm_90a``, whose instructions no other GPU has); NVRTC's "cubin" is for GPUs of this
+    generation. Without fast-math: divisions, square roots and subnormals are IEEE's.
     """
     require_compiler()
     return form(), _by_nvcc(source, arch) if form() == FATBIN else _by_nvrtc(source, arch)
@@ -88,12 +88,13 @@ def form() -> str:
 
 def _by_nvcc(source: str, arch: str, *options: str) -> bytes:
     number = arch.removeprefix("sm_")
+    code = f"sm_{number}" if number.endswith("a") else f"[sm_{number},compute_{number}]"
     with tempfile.TemporaryDirectory(prefix="opferry-") as folder:
         kernels, result = Path(folder) / "kernels.cu", Path(folder) / "kernels.fatbin"
         kernels.write_text(source)
         command = [
             *(nvcc(), "--fatbin", "-O3", "-std=c++17"),
-            *("-gencode", f"arch=compute_{number},code=[sm_{number},compute_{number}]"),
+            *("-gencode", f"arch=compute_{number},code={code}"),
             *(*_DEFINES, *options, "-o", str(result), str(kernels)),
         ]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")

@@ -105,11 +105,18 @@ def _launcher() -> dict[str, Any]:
 
 
 def local_arch() -> str:
-    """Architecture to compile for on this machine: the newest that its GPU runs, or the default."""
+    """Architecture to compile for on this machine: the newest that its GPU runs, or the default.
+
+    Never a specific one: kernels for those are chosen by name until they have been measured.
+    """
     capability = gpu.capability()
     if capability is None:
         return arch.DEFAULT
-    runs = [name for name, record in arch.ARCHS.items() if record.capability <= capability]
+    runs = [
+        name
+        for name, record in arch.ARCHS.items()
+        if record.capability <= capability and not record.specific
+    ]
     if not runs:
         _refuse_arch("sm_{}{}".format(*capability))
     return runs[-1]

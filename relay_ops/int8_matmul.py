@@ -9,7 +9,8 @@ NB, G and the packing of a are the target's (`schedules.INT8_TILES`). Where the 
 takes a shifted a, the surplus is a vector per column of b, subtracted before the epilogue.
 
 Targets without a row there have a kernel of their own instead (`schedules.TIR_BUILDERS`), which is
-given a `Problem`; b is then stored [zb, N, K], rows zero-padded to whole `ROW_BYTES`.
+given a `Problem`; b is then stored [zb, N, K], rows zero-padded to whole `ROW_BYTES`, or, where the
+target has them and b must be packed anyway, in the panels of `schedules.INT8_PANELS`.
 
 `Weight` and `int8_matmul` take batched matrices; N and K that are only known at the call lead to a
 plain kernel without packing. M and the batch may be symbolic in both.
@@ -26,6 +27,7 @@ from tvm.ir import Expr
 from tvm.target import Target
 
 from .. import schedules
+from ..schedules.cuda.panels import Panels
 from ..schedules.tile import ROWS, Tile
 from .dims import int64, is_one
 from .op import Dim, te_kernel, tir_kernel
@@ -124,6 +126,19 @@ class Problem:
     """``live_rows(*operand_buffers)``, int64: nobody reads y from this row on, so that nothing has
     to be computed there; None: all are read.
     """
+    b_panels: Panels | None = None
+    """Of b, where it is in those of a CUDA target."""
+
+    @property
+    def b_entry(self) -> Entry:
+        """``b_entry(buffer, zb, n, k)``: element of b, for k up to ``b_k``, on a CUDA target."""
+        return self.b_panels.entry if self.b_panels else row_major
+
+    @property
+    def b_k(self) -> int:
+        """K with the zeros that b is stored with, on a CUDA target."""
+        stored = int(self.b.shape[2])
+        return stored * self.b_panels.row_bytes if self.b_panels else stored
 
     def at(self, z: Expr, row: Expr, n: Expr, col: Expr | None = None) -> At:
         """What the epilogue is told of entry (z, row, n), or of ``col`` in the padding of a panel,
@@ -147,7 +162,7 @@ class Weight:
 
     data: relax.Expr
     """int8 [batch, N/NB, K/G, NB, G] packed; otherwise any shape that ``entry`` reads, which is
-    [batch, N, K padded] for targets with a kernel of their own.
+    [batch, N, K padded], or in ``panels``, for targets with a kernel of their own.
     """
     excess: relax.Expr | None
     """int32 [batch, N padded to NB]: the surplus of the target's dot product, if it has one."""
@@ -157,6 +172,7 @@ class Weight:
     entry: Entry
     tile: Callable[[Dim], Tile] | None
     """``tile(M)``: the register tile for M rows."""
+    panels: Panels | None = None
 
     @property
     def is_fixed(self) -> bool:
@@ -209,7 +225,11 @@ def pack_weight(
         data = relax.const(source) if isinstance(source, np.ndarray) else source
         return Weight(data, None, batch, n, k, entry, None)
     if target.kind.name not in schedules.INT8_TILES:
-        return Weight(_rows(bb, source, n, k, batch, entry), None, batch, n, k, row_major, None)
+        panels = schedules.INT8_PANELS[target.kind.name](target)
+        if panels is None or _is_rows(source, k, entry):
+            return Weight(_rows(bb, source, n, k, batch, entry), None, batch, n, k, row_major, None)
+        data = _in_panels(bb, panels, source, n, k, batch, entry)
+        return Weight(data, None, batch, n, k, panels.entry, None, panels)
 
     def tile(m: Dim) -> Tile:
         return schedules.INT8_TILES[target.kind.name](target, m, n, panel)
@@ -258,6 +278,11 @@ def pack_weight(
     return Weight(data, excess, batch, n, k, entry, tile)
 
 
+def _is_rows(source: np.ndarray | relax.Expr, k: int, entry: Entry) -> bool:
+    """Whether what comes with the call has rows that need no packing."""
+    return not isinstance(source, np.ndarray) and entry is row_major and k % ROW_BYTES == 0
+
+
 def _rows(
     bb: relax.BlockBuilder,
     source: np.ndarray | relax.Expr,
@@ -273,7 +298,7 @@ def _rows(
         b = np.zeros((batch, n, padded_k), np.int8)
         b[:, :, :k] = entry(source, z, rows, ks)
         return relax.const(b)
-    if entry is row_major and padded_k == k:
+    if _is_rows(source, k, entry):
         return source
 
     def rows(b: te.Tensor) -> te.Tensor:
@@ -284,6 +309,35 @@ def _rows(
         return te.compute(_dims(batch, n, padded_k), value, name="pack_weight")
 
     return te_kernel(bb, "int8_matmul.pack_weight", rows, source)
+
+
+def _in_panels(
+    bb: relax.BlockBuilder,
+    panels: Panels,
+    source: np.ndarray | relax.Expr,
+    n: int,
+    k: int,
+    batch: Dim,
+    entry: Entry,
+) -> relax.Expr:
+    """int8, as `Panels` says."""
+    along_n, along_k = panels.count(n, k)
+    if isinstance(source, np.ndarray):
+        z, rows, ks = np.ogrid[:batch, :n, :k]
+        b = np.zeros((batch, along_n * panels.rows, along_k * panels.row_bytes), np.int8)
+        b[:, :n, :k] = entry(source, z, rows, ks)
+        z, *place = np.ogrid[:batch, :along_n, :along_k, : panels.rows, : panels.row_bytes]
+        return relax.const(b[(z, *panels.stored(*place))])
+
+    def pack(b: te.Tensor) -> te.Tensor:
+        def value(z, *place):
+            row, depth = panels.stored(*place)
+            return tirx.if_then_else(tirx.all(row < n, depth < k), entry(b, z, row, depth), _i8(0))
+
+        shape = _dims(batch, along_n, along_k, panels.rows, panels.row_bytes)
+        return te.compute(shape, value, name="pack_weight")
+
+    return te_kernel(bb, "int8_matmul.pack_weight", pack, source)
 
 
 def int8_matmul(
@@ -346,6 +400,7 @@ def int8_matmul(
             epilogue=epilogue,
             a_row_run=left.m if left.entry is transposed and isinstance(left.m, int) else 1,
             live_rows=live,
+            b_panels=weight.panels,
         )
         func = schedules.tir_builder("int8_matmul", target)(problem, target)
         return tir_kernel(bb, kernel, func, [left.data, weight.data, *operands], y)

@@ -33,9 +33,12 @@ def require(target: dict[str, Any], code: str, where: object) -> None:
     import tvm_ffi
 
     name = str(target["arch"])
-    major, minor = divmod(int(name.removeprefix("sm_")), 10)
+    specific = name.endswith("a")
+    major, minor = divmod(int(name.removeprefix("sm_").removesuffix("a")), 10)
     needed = f"one of compute capability {major}.{minor} or higher"
-    if code == CUBIN:
+    if specific:
+        needed = f"one of compute capability {major}.{minor}"
+    elif code == CUBIN:
         needed = f"one of compute capability {major}.{minor} to {major}.9"
     here = None
     if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is None:
@@ -44,7 +47,12 @@ def require(target: dict[str, Any], code: str, where: object) -> None:
         found = "no CUDA device"
     else:
         found = "a CUDA device of compute capability {}.{}".format(*here)
-    if here is None or here < (major, minor) or (code == CUBIN and here[0] != major):
+    if specific:
+        runs = here == (major, minor)
+    else:
+        runs = here is not None and here >= (major, minor)
+        runs = runs and (code != CUBIN or here[0] == major)
+    if not runs:
         raise ArtifactError(f"{where}: built for {name}, found {found}, allowed {needed}")
 
 

@@ -17,9 +17,11 @@ from tvm.tirx import PrimFunc
 
 from ..runtime.errors import UnsupportedError
 from .cuda import attention as cuda_attention
-from .cuda import gemm_split as cuda_gemm
+from .cuda import gemm as cuda_gemm
+from .cuda import gemm_split as cuda_gemm_split
 from .cuda import longformer as cuda_longformer
 from .cuda import nsa as cuda_nsa
+from .cuda.panels import Panels
 from .llvm import attention, gemm, gemm_amx, longformer, nsa
 from .tile import Tile
 
@@ -38,8 +40,11 @@ INT8_TILES: dict[str, Callable[..., Tile]] = {"llvm": gemm.tile}
 without a row have a builder of ``int8_matmul``.
 """
 
+INT8_PANELS: dict[str, Callable[[Target], Panels | None]] = {"cuda": cuda_gemm.panels}
+"""Target kind without a row above -> what weights are packed to that do not come as rows."""
+
 TIR_BUILDERS: dict[str, dict[str, Callable[[Any, Target], PrimFunc]]] = {
-    "int8_matmul": {"cuda": cuda_gemm.build, "llvm": gemm_amx.build},
+    "int8_matmul": {"cuda": cuda_gemm_split.build, "llvm": gemm_amx.build},
     "qordered_longformer_attention.attention": {
         "cuda": cuda_longformer.attention,
         "llvm": longformer.attention,

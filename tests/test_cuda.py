@@ -38,7 +38,7 @@ no_gpu = pytest.mark.skipif(gpu.capability() is not None, reason="a GPU is there
 
 HIDDEN, INNER = 64, 96
 QUICK = ("sm_75", "sm_90")
-ALLOWED = "sm_75, sm_80, sm_86, sm_89, sm_90"
+ALLOWED = "sm_75, sm_80, sm_86, sm_89, sm_90, sm_90a"
 
 
 def mixed_model(symbolic=True):
@@ -163,7 +163,7 @@ def test_a_gpu_that_is_too_old(monkeypatch):
         targets.resolve("cuda")
 
 
-@pytest.mark.parametrize("found", ["sm_60", "sm_100", "nonsense", "sm_90a"])
+@pytest.mark.parametrize("found", ["sm_60", "sm_100", "nonsense", "sm_100a"])
 def test_architectures_that_are_refused(found):
     for target in (f"cuda-{found}", {"kind": "cuda", "arch": found}):
         with pytest.raises(UnsupportedError) as error:
@@ -183,7 +183,8 @@ def test_options_and_hosts_that_are_refused():
 def test_facts_are_consistent():
     for record in arch.ARCHS.values():
         assert arch.STATIC_SHARED_BYTES < record.shared_per_block <= record.shared_per_sm
-        assert record.name == "sm_{}{}".format(*record.capability)
+        suffix = "a" if record.specific else ""
+        assert record.name == "sm_{}{}".format(*record.capability) + suffix
         assert record.cp_async == (record.capability >= (8, 0)) == (record.mma_bfloat16 is not None)
 
 
@@ -247,6 +248,14 @@ def test_every_architecture(name):
     form, code = device_code.compile_source(source, name)
     assert form == "fatbin"
     assert len(code) > 1000
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("name", "ptx"), [("sm_90", True), ("sm_90a", False)])
+def test_later_gpus_are_given_ptx(name, ptx):
+    """Unless nothing but this architecture has the instructions."""
+    source = 'extern "C" __global__ void set(int* x) { *x = 1; }'
+    assert (b".entry" in device_code._by_nvcc(source, name, "-no-compress")) == ptx
 
 
 @needs_compiler
@@ -338,6 +347,17 @@ def test_devices_that_will_not_do(monkeypatch, here, code, needed):
     found = "no CUDA device" if here is None else "a CUDA device of compute capability"
     with pytest.raises(ArtifactError, match=rf"it: built for sm_86, found {found}.*{needed}"):
         gpu.require({"arch": "sm_86"}, code, "it")
+
+
+def test_code_for_one_capability_runs_on_no_other(monkeypatch):
+    monkeypatch.setattr(tvm_ffi, "get_global_func", lambda *_, **__: object())
+    for code in ("cubin", "fatbin"):
+        monkeypatch.setattr(gpu, "capability", lambda: (9, 0))
+        gpu.require({"arch": "sm_90a"}, code, "it")
+        for here in (None, (8, 9), (10, 0), (12, 0)):
+            monkeypatch.setattr(gpu, "capability", lambda here=here: here)
+            with pytest.raises(ArtifactError, match=r"for sm_90a, .* compute capability 9\.0$"):
+                gpu.require({"arch": "sm_90a"}, code, "it")
 
 
 def test_devices_that_do(monkeypatch):

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import simt
+from tvm import tirx as tir
 
 from opferry.driver import target as targets
 from opferry.frontend.builders import node_model
@@ -20,7 +21,9 @@ from opferry.reference.compare import compare
 from opferry.relay_ops.op import KERNEL
 from opferry.runtime.errors import OpferryError
 from opferry.schedules.cuda import arch as architectures
-from opferry.schedules.cuda import attention_config
+from opferry.schedules.cuda import attention_block, attention_config
+from opferry.schedules.cuda.override import overriding
+from opferry.schedules.intrin import hopper
 
 OP = "SpeedFusionAttention"
 F32, F16, BF16 = np.dtype("float32"), np.dtype("float16"), np.dtype(ml_dtypes.bfloat16)
@@ -353,20 +356,126 @@ def launches(func):
     return [s for s in (body.seq if hasattr(body, "seq") else [body]) if hasattr(s, "loop_var")]
 
 
+# -- warpgroups: sm_90a ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize(("S1", "S2"), [(65, 1), (150, 700)])
+def test_products_of_warpgroups(S1, S2, D, dtype):
+    """More tiles than the ring has slots, two tiles of queries, tails."""
+    feeds = inputs(1, 2, 1, S1, S2, D, dtype)
+    assert config(feeds, "sm_90a", **node()).wgmma
+    check(feeds, "sm_90a", **node())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"row_tiles": 1, "keys": 128},
+        {"row_tiles": 1, "keys": 96, "warps": 8},
+        {"warps": 8, "slots": 4},
+    ],
+    ids=str,
+)
+def test_other_tiles_of_warpgroups(fields):
+    with overriding("AttentionConfig", fields):
+        check(inputs(1, 1, 1, 300, 300, 128), "sm_90a", **node(N1=1))
+
+
+@pytest.mark.parametrize("layout", BATCH_SEQUENCE)
+def test_layouts_by_warpgroups(layout):
+    check(inputs(2, 4, 2, 70, 90, 64, F16, layout), "sm_90a", **node(layout, 4))
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_single_outputs_by_warpgroups(output):
+    check(inputs(1, 2, 1, 70, 90, 128), "sm_90a", outputs=[output], **node())
+
+
+@pytest.mark.parametrize(
+    "band",
+    [
+        {"sparse_mode": 2},
+        {"sparse_mode": 3},
+        {"sparse_mode": 4, "pre_tokens": 40, "next_tokens": 85},
+        {"sparse_mode": 4, "pre_tokens": -5, "next_tokens": 90},
+    ],
+    ids=str,
+)
+def test_bands_by_warpgroups(band):
+    feeds = inputs(1, 2, 1, 150, 300, 64) | {"atten_mask": CAUSAL}
+    check(feeds, "sm_90a", **node(**band))
+
+
+def test_mask_bias_and_dropout_by_warpgroups():
+    mask = some((2, 1, 70, 91)) < 0.4
+    mask[..., 3, :] = True  # a row without keys
+    feeds = inputs(2, 2, 1, 70, 91, 64, BF16) | {"atten_mask": mask}
+    feeds["pse"] = normal((1, 2, 70, 91), BF16)
+    check(feeds, "sm_90a", **node(sparse_mode=1, pse_type=0, keep_prob=0.7, seed=-5))
+    feeds["pse"] = normal((2, 2))
+    check(feeds, "sm_90a", **node(sparse_mode=1, pse_type=3, q_start_idx=[3], kv_start_idx=[9]))
+
+
+def test_packed_sequences_by_warpgroups():
+    feeds = packed([5, 0, 70, 130], [9, 0, 200, 131], N1=2, N2=1, D=64)
+    feeds["atten_mask"] = CAUSAL
+    check(feeds, "sm_90a", **node("TND", 2, sparse_mode=3))
+
+
+def test_symbolic_sizes_by_warpgroups():
+    names = {"query": {0: "b", 2: "s"}, "key": {0: "b", 2: "t"}, "value": {0: "b", 2: "t"}}
+    check(inputs(2, 2, 1, 37, 91, 128), "sm_90a", symbolic=names, **node())
+
+
+@pytest.mark.parametrize(
+    ("S1", "D", "dtype"),
+    [(64, 64, F16), (1, 128, BF16), (70, 80, F16), (70, 256, F16), (70, 64, F32)],
+)
+def test_what_warpgroups_leave_to_others(S1, D, dtype):
+    feeds = inputs(1, 1, 1, S1, 40, D, dtype)
+    assert not config(feeds, "sm_90a", **node(N1=1)).wgmma
+    check(feeds, "sm_90a", **node(N1=1))
+
+
+STEPS = {
+    "fence_shared": "with no fence.proxy.async since it was written",
+    "begin_products": "since the last wgmma.fence",
+    "commit_products": "while wgmma (reads|writes) it|wgmma still in flight",
+    "wait_products": "while wgmma (reads|writes) it",
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_of_warpgroups_is_needed(step, monkeypatch):
+    """The kernel without it is found out."""
+    monkeypatch.setattr(hopper, step, lambda *_: None)
+    with pytest.raises(simt.SimtError, match=STEPS[step]):
+        check(inputs(1, 1, 1, 70, 300, 64), "sm_90a", **node(N1=1))
+
+
+def test_every_barrier_of_warpgroups_is_needed(monkeypatch):
+    monkeypatch.setattr(attention_block.T.cuda, "cta_sync", lambda: tir.const(0, "int32"))
+    with pytest.raises(simt.SimtError, match="no cta_sync since"):
+        check(inputs(1, 1, 1, 70, 300, 64), "sm_90a", **node(N1=1))
+
+
 # -- everything at once -----------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_90", "sm_90a"])
 @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
 @pytest.mark.parametrize("seed", range(12))
 def test_sweep(seed, dtype, arch):
     """Random sizes, layouts, masks, biases and dropout together."""
-    rng = np.random.default_rng([seed, dtype.itemsize, int(arch[-2:])])
+    wgmma = architectures.ARCHS[arch].wgmma
+    rng = np.random.default_rng([seed, dtype.itemsize, int(arch[3:5])])
     N2, group, B = (int(rng.integers(1, top)) for top in (3, 4, 3))
     N1, layout = N2 * group, str(rng.choice(list(BATCH_SEQUENCE)))
-    S1, S2 = (int(x) for x in rng.integers(1, 150, 2))
-    D = int(rng.choice([1, 8, 20, 33, 64, 72, 130, 200]))
+    S1, S2 = (int(x) for x in rng.integers(65 if wgmma else 1, 150, 2))
+    D = int(rng.choice([64, 128] if wgmma else [1, 8, 20, 33, 64, 72, 130, 200]))
     feeds = inputs(B, N1, N2, S1, S2, D, dtype, layout)
     attrs = node(layout, N1, scale=float(D**-0.5))
     if mode := int(rng.integers(0, 5)):
@@ -501,7 +610,9 @@ MMA = {
 }
 
 
-@pytest.mark.parametrize("arch", architectures.ARCHS)
+@pytest.mark.parametrize(
+    "arch", [name for name, arch in architectures.ARCHS.items() if not arch.wgmma]
+)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_instructions(dtype, arch):
     text = source(arch, dtype, 64)
@@ -514,7 +625,24 @@ def test_instructions(dtype, arch):
     assert "ex2.approx.ftz.f32" in text
 
 
-@pytest.mark.parametrize(("arch", "dtype"), [("sm_75", "float16"), ("sm_80", "float32")])
+@pytest.mark.parametrize(("dtype", "kind"), [("float16", "f16"), ("bfloat16", "bf16")])
+@pytest.mark.parametrize(("D", "keys"), [(64, 64), (128, 48)])
+def test_instructions_of_warpgroups(D, keys, dtype, kind):
+    text = source("sm_90a", dtype, D)
+    assert set(re.findall(r"wgmma\.mma_async[\w.]*", text)) == {
+        f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind}" for n in (keys, 64)
+    }
+    assert "mma.sync." not in text
+    assert "ldmatrix" not in text
+    assert "cp.async.cg.shared.global" in text
+    assert "fence.proxy.async.shared::cta" in text
+    assert "extern __shared__ __align__(1024)" in text
+    assert "ex2.approx.ftz.f32" in text
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [("sm_75", "float16"), ("sm_80", "float32"), ("sm_90a", "float16")]
+)
 def test_barriers_are_the_kernels_own(arch, dtype):
     """TVM adds none: the text holds the function that wraps the instruction, once."""
     assert source(arch, dtype, 64).count("__syncthreads()") == 1

@@ -25,11 +25,15 @@ from opferry.relay_ops.orders import Order
 from opferry.schedules.cuda import gemm, gemm_config, gemm_split
 from opferry.schedules.cuda.arch import ARCHS, THREAD_REGISTERS
 from opferry.schedules.cuda.gemm_config import GemmConfig, configure
+from opferry.schedules.cuda.panels import Panels
+from opferry.schedules.intrin import hopper
 
 OUTPUTS = {"int8": np.int8, "int32": np.int32, "float16": np.float16}
 OUTPUTS["bfloat16"] = ml_dtypes.bfloat16
 CONFIGS = dict.fromkeys((*gemm_config._TILES, *gemm_config._STREAMING))
 SMALL = GemmConfig(32, 32, 64, 2, 1)
+WARPGROUPS = gemm_config._WARPGROUP_TILES
+SMALL_WARPGROUP = GemmConfig(64, 64, 128, 4, 1, stages=3, wgmma=True)
 ENTRIES = {"row": products.row_major, "col32": products.col32, "transposed": products.transposed}
 
 
@@ -39,7 +43,7 @@ def int8(rng, *shape):
     return np.where(rng.random(shape) < 0.05, -128, x).astype(np.int8)
 
 
-def problem(m, n, k, out="int8", entry="row", batch=1, order=Order.ROW):
+def problem(m, n, k, out="int8", entry="row", batch=1, order=Order.ROW, panels=None):
     """y = acc * scale[col] + bias[col] + token[row] in ``out``; acc itself for int32."""
 
     def tensor(dtype, *shape):
@@ -53,6 +57,7 @@ def problem(m, n, k, out="int8", entry="row", batch=1, order=Order.ROW):
 
     a = {"row": (m, k), "col32": (k // 32, m, 32), "transposed": (k, m)}[entry]
     y = (n // 32, m, 32) if order is Order.COL32 else (m, n)
+    b = (-(-n // 64), -(-k // 128), 64, 128) if panels else (n, -(-k // 16) * 16)
     return products.Problem(
         batch=batch,
         m=m,
@@ -63,12 +68,13 @@ def problem(m, n, k, out="int8", entry="row", batch=1, order=Order.ROW):
         a_batch=lambda z: z,
         a_run={"row": k, "col32": 32}.get(entry, 1),
         a_row_run=m if entry == "transposed" else 1,
-        b=tensor("int8", 1, n, -(-k // 16) * 16),
+        b=tensor("int8", 1, *b),
         b_batch=lambda z: tirx.const(0, "int64"),
         operands=(tensor("float32", n), tensor("float32", n), tensor("float32", m)),
         y=tensor(out, batch, *y),
         order=order,
         epilogue=epilogue,
+        b_panels=panels,
     )
 
 
@@ -82,9 +88,32 @@ def kernel_of(p, arch="sm_80"):
     return gemm_split.build(p, targets.resolve(f"cuda-{arch}"))
 
 
-def check(m, n, k, out="int8", arch="sm_80", config=None, entry="row", batch=1, order=Order.ROW):
+def in_panels(b):
+    """[1, N/64, K/128, 64, 128] of [N, K]: chunks of 16 bytes in every row by its number."""
+    n, k = b.shape
+    panels = np.zeros((-(-n // 64), -(-k // 128), 64, 8, 16), np.int8)
+    for row in range(n):
+        for at in range(0, k, 16):
+            chunk = at // 16 % 8 ^ row % 8
+            part = b[row, at : at + 16]
+            panels[row // 64, at // 128, row % 64, chunk, : len(part)] = part
+    return panels.reshape(1, *panels.shape[:3], 128)
+
+
+def check(
+    m,
+    n,
+    k,
+    out="int8",
+    arch="sm_80",
+    config=None,
+    entry="row",
+    batch=1,
+    order=Order.ROW,
+    panels=None,
+):
     """Every bit of every entry, from memory that held something else."""
-    p = problem(m, n, k, out, entry, batch, order)
+    p = problem(m, n, k, out, entry, batch, order, panels)
     rng = np.random.default_rng([m, n, k])
     a, b = int8(rng, batch, m, k), int8(rng, n, k)
     scale, bias, token = (rng.standard_normal(size).astype(np.float32) for size in (n, n, m))
@@ -94,7 +123,7 @@ def check(m, n, k, out="int8", arch="sm_80", config=None, entry="row", batch=1, 
         "col32": lambda: a.reshape(batch, m, k // 32, 32).transpose(0, 2, 1, 3),
         "transposed": lambda: a.transpose(0, 2, 1),
     }[entry]()
-    rows = np.pad(b, ((0, 0), (0, -k % 16)))[None]
+    rows = in_panels(b) if panels else np.pad(b, ((0, 0), (0, -k % 16)))[None]
     y = np.full([int(d) for d in p.y.shape], 77, OUTPUTS[out])
     operands = (scale, bias, token)
     simt.run(kernel(p, arch, config), np.ascontiguousarray(stored), rows, *operands, y)
@@ -232,6 +261,75 @@ def test_rows_that_nobody_reads(live):
     assert (y[0, computed:] == 77).all()
 
 
+# -- warpgroups: sm_90a ---------------------------------------------------------------------------
+
+WEIGHTS = pytest.mark.parametrize("panels", [Panels(), None], ids=["panels", "rows"])
+
+
+@WEIGHTS
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (65, 33, 100), (64, 129, 400), (130, 17, 1)])
+def test_odd_sizes_by_warpgroups(m, n, k, panels):
+    check(m, n, k, arch="sm_90a", config=SMALL_WARPGROUP, panels=panels)
+
+
+@pytest.mark.parametrize("config", WARPGROUPS, ids=lambda c: f"{c.block_m}x{c.block_n}")
+def test_tiles_of_warpgroups(config):
+    """More steps than stages, tails in all three dimensions, a tile beyond the last panel."""
+    m, n, k = config.block_m + 3, config.block_n + 16, config.block_k * (config.stages + 1) + 48
+    check(m, n, k, "int32", "sm_90a", config, panels=Panels())
+
+
+@WEIGHTS
+@pytest.mark.parametrize("stages", [3, 5])
+def test_stages_of_warpgroups(stages, panels):
+    config = replace(SMALL_WARPGROUP, stages=stages)
+    check(40, 48, 1100, arch="sm_90a", config=config, panels=panels)
+
+
+@pytest.mark.parametrize("n", [64, 33])
+@pytest.mark.parametrize("out", OUTPUTS)
+def test_outputs_of_warpgroups(out, n):
+    check(67, n, 70, out, "sm_90a", SMALL_WARPGROUP, panels=Panels())
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("order", [Order.ROW, Order.COL32], ids=str)
+def test_memory_orders_of_warpgroups(order, entry):
+    check(70, 64, 160, "int8", "sm_90a", SMALL_WARPGROUP, entry, 2, order, Panels())
+
+
+@pytest.mark.parametrize(("m", "k"), [(1, 300), (17, 260), (50, 600)])
+def test_few_rows_read_panels(m, k):
+    (config,) = configure(problem(m, 100, k), ARCHS["sm_90a"]).values()
+    assert not config.wgmma
+    check(m, 100, k, arch="sm_90a", panels=Panels())
+
+
+STEPS = {
+    "publish_barriers": "cp.async.bulk on an mbarrier with no fence since",
+    "arrive_expecting": "never comes: 1 arrivals",
+    "wait_barrier": "written by a copy in flight",
+    "fence_shared": "with no fence.proxy.async since it was written",
+    "begin_products": "since the last wgmma.fence",
+    "commit_products": "while wgmma reads it|wgmma still in flight|written while wgmma",
+    "wait_products": "while wgmma reads it",
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_of_the_pipeline_is_needed(step, monkeypatch):
+    """The kernel without it is found out."""
+    monkeypatch.setattr(hopper, step, lambda *_: None)
+    with pytest.raises(simt.SimtError, match=STEPS[step]):
+        check(64, 64, 1100, arch="sm_90a", config=SMALL_WARPGROUP, panels=Panels())
+
+
+def test_every_barrier_of_the_pipeline_is_needed(monkeypatch):
+    monkeypatch.setattr(gemm._Kernel, "_sync", lambda _: None)
+    with pytest.raises(simt.SimtError, match=r"no (cta|warp)_sync since"):
+        check(64, 64, 1100, arch="sm_90a", config=SMALL_WARPGROUP, panels=Panels())
+
+
 # -- the operators --------------------------------------------------------------------------------
 
 
@@ -264,6 +362,10 @@ CONSTANTS = ("scale_A", "B", "scale_B", "scale_Y", "bias", "scale_C")
     ids=str,
 )
 def test_qordered_matmul(a, b, n, c, attrs, stored):
+    qordered(a, b, n, c, attrs, stored)
+
+
+def qordered(a, b, n, c, attrs, stored, arch="sm_80"):
     rng = np.random.default_rng(n)
     m, k = a[-2:]
     scale = 100 / (5400 * np.sqrt(k)) * rng.standard_normal(n)
@@ -278,7 +380,8 @@ def test_qordered_matmul(a, b, n, c, attrs, stored):
         feeds["bias"] = (rng.standard_normal(n) * 10).astype(np.float32)
     if c is not None:
         feeds |= {"C": int8(rng, *c, m, n), "scale_C": np.float32(0.25)}
-    operator("QOrderedMatMul", feeds, attrs, [name for name in stored if name in feeds])
+    stored = [name for name in stored if name in feeds]
+    operator("QOrderedMatMul", feeds, attrs, stored, arch=arch)
 
 
 def linear(m, k, n, output, **given):
@@ -350,6 +453,32 @@ def test_rows_known_at_the_call(rows, given):
     operator("NPUQuantMatmul", feeds, attrs, ["x2", "scale"], names)
 
 
+@pytest.mark.parametrize("stored", [CONSTANTS, ()], ids=["constant", "run-time"])
+@pytest.mark.parametrize(
+    ("a", "b", "n", "c", "attrs"),
+    [
+        ((66, 33), (), 17, None, ROW),
+        ((2, 70, 160), (2,), 64, (1,), ROW),
+        ((2, 70, 160), (2,), 64, (2,), TILED_2R_4R4),
+    ],
+    ids=str,
+)
+def test_qordered_matmul_by_warpgroups(a, b, n, c, attrs, stored):
+    qordered(a, b, n, c, attrs, stored, "sm_90a")
+
+
+@pytest.mark.parametrize("stored", [["x2"], []], ids=["constant", "run-time"])
+@pytest.mark.parametrize("transposed", [{"transpose_x2": 1}, {}], ids=["rows", "columns"])
+@pytest.mark.parametrize("rows", [1, 64, 65, 200])
+def test_rows_known_at_the_call_by_warpgroups(rows, transposed, stored):
+    """Few rows and many from the same weights, whatever their form."""
+    feeds, attrs = linear(rows, 144, 66, BFLOAT16, pertoken_scale=np.resize(TOKENS, rows))
+    if transposed:
+        feeds["x2"] = np.ascontiguousarray(feeds["x2"].T)
+    names = {"x1": {0: "m"}, "pertoken_scale": {0: "m"}}
+    operator("NPUQuantMatmul", feeds, attrs | transposed, stored, names, "sm_90a")
+
+
 def test_no_rows():
     """A part of a graph may have none: nothing is launched."""
     m = tirx.Var("m", "int64")
@@ -386,20 +515,37 @@ def test_tiles_by_shape(m, n, tile):
     assert (config.block_m, config.block_n) == tile
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "tile"),
+    [
+        (4096, 4096, (128, 256)),
+        (2048, 2048, (128, 256)),
+        (512, 4096, (128, 128)),
+        (1024, 1024, (64, 128)),
+        (65, 768, (64, 64)),
+    ],
+)
+def test_tiles_of_warpgroups_by_shape(m, n, tile):
+    (config,) = configure(problem(m, n, 4096), ARCHS["sm_90a"]).values()
+    assert config.wgmma
+    assert (config.block_m, config.block_n) == tile
+
+
 @pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
 @pytest.mark.parametrize("out", OUTPUTS)
 def test_every_tile_fits(out, arch):
     for m in (1, 20, 40, 128, 512, 1024, 2048, 8192):
         for n in (64, 1024, 4096):
             (config,) = configure(problem(m, n, 4096, out), arch).values()
+            assert not config.wgmma or arch.wgmma
             assert config.shared_bytes(np.dtype(OUTPUTS[out]).itemsize) <= arch.shared_per_block
             assert config.threads * THREAD_REGISTERS <= arch.registers_per_sm
 
 
 @functools.lru_cache(maxsize=64)
-def func(arch, m, n, entry="row", out="int8"):
+def func(arch, m, n, entry="row", out="int8", panels=None):
     """The product of m x 1024 and 1024 x n."""
-    return kernel(problem(m, n, 1024, out, entry), arch)
+    return kernel(problem(m, n, 1024, out, entry, panels=panels), arch)
 
 
 @pytest.mark.parametrize("m", [16, 64, 512, 2048])
@@ -409,7 +555,7 @@ def test_tvm_verifies(arch, m):
 
 
 @pytest.mark.parametrize("m", [16, 64, 2048])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [name for name, arch in ARCHS.items() if not arch.wgmma])
 def test_instructions(arch, m):
     text = cuda_code.source(func(arch, m, 2048), arch)
     old = arch == "sm_75"
@@ -426,6 +572,34 @@ def test_transposed_rows_are_not_loaded_byte_by_byte(arch):
     text = cuda_code.source(func(arch, 2048, 2048, "transposed"), arch)
     assert "prmt.b32" in text
     assert "ld.global.b32" in text
+
+
+@WEIGHTS
+def test_instructions_of_warpgroups(panels):
+    text = cuda_code.source(func("sm_90a", 2048, 2048, panels=panels), "sm_90a")
+    assert set(re.findall(r"wgmma\.mma_async[\w.]*", text)) == {
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"
+    }
+    assert "mma.sync." not in text
+    assert "ldmatrix" not in text
+    assert "cp.async.cg.shared.global" in text
+    for instruction in (
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
+        "mbarrier.init.shared::cta.b64",
+        "mbarrier.arrive.expect_tx.shared::cta.b64",
+        "mbarrier.try_wait.parity.shared::cta.b64",
+        "fence.mbarrier_init.release.cluster",
+    ):
+        assert (instruction in text) == (panels is not None)
+    assert "fence.proxy.async.shared::cta" in text
+    assert "extern __shared__ __align__(1024)" in text
+
+
+@WEIGHTS
+def test_few_rows_take_the_instructions_of_warps(panels):
+    text = cuda_code.source(func("sm_90a", 64, 2048, panels=panels), "sm_90a")
+    assert "wgmma" not in text
+    assert "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32" in text
 
 
 @cuda_code.needs_nvcc
@@ -454,3 +628,21 @@ def test_registers_and_spills(arch, m, n, entry, out, tmp_path):
     assert not found.spilled
     (config,) = configure(problem(m, n, 1024, out), ARCHS[arch]).values()
     assert found.registers * config.threads <= ARCHS[arch].registers_per_sm
+
+
+@cuda_code.needs_nvcc
+@pytest.mark.parametrize(
+    ("m", "n", "out"),
+    [
+        (4096, 4096, "int8"),
+        (2048, 2048, "float16"),
+        (1024, 2048, "int32"),
+        (128, 512, "bfloat16"),
+    ],
+)
+def test_registers_and_spills_of_warpgroups(m, n, out, tmp_path):
+    text = cuda_code.source(func("sm_90a", m, n, out=out, panels=Panels()), "sm_90a")
+    (found,) = cuda_code.resources(text, "sm_90a", tmp_path)
+    assert not found.spilled
+    (config,) = configure(problem(m, n, 1024, out), ARCHS["sm_90a"]).values()
+    assert found.registers * config.threads <= ARCHS["sm_90a"].registers_per_sm

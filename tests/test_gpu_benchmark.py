@@ -19,9 +19,10 @@ from benchmarks.check import Mismatch, check  # noqa: E402
 from benchmarks.gpu import build, run, table  # noqa: E402
 from benchmarks.gpu.index import stored_digest  # noqa: E402
 from benchmarks.gpu.modes import modes  # noqa: E402
-from benchmarks.gpu.problems import GROUPS, QUICK, candidates, node  # noqa: E402
+from benchmarks.gpu.problems import GROUPS, QUICK, Candidate, candidates, node  # noqa: E402
 from benchmarks.inputs import inputs  # noqa: E402
 from benchmarks.shapes import Attention, Longformer, Matmul, Nsa  # noqa: E402
+from opferry.runtime.errors import UnsupportedError  # noqa: E402
 from opferry.schedules.cuda import attention, gemm  # noqa: E402
 from opferry.schedules.cuda.override import overridden, overriding  # noqa: E402
 
@@ -90,6 +91,30 @@ def test_candidates_know_their_configurations():
             if candidate.fields:
                 known = {field.name for field in dataclasses.fields(CONFIGS[candidate.kind])}
                 assert candidate.fields.keys() <= known
+            assert set(candidate.stored) <= node(candidate.problem).given.keys()
+        assert len({candidate.name for candidate in found}) == len(found)
+
+
+def test_kernels_of_one_architecture_beside_those_of_its_gpu():
+    """For a Hopper GPU, both ways compete in one folder; elsewhere the second is refused."""
+    for group, kernel in (("gemm", GROUPS["gemm"][0]), ("attention", GROUPS["attention"][0])):
+        found = {c.config: c for c in candidates(group) if c.problem == kernel}
+        assert {"default", "sm_90a"} <= found.keys()
+        assert found["sm_90a"].arch == "sm_90a"
+    assert build._same_gpu("cuda-sm_90", "sm_90a") == "cuda-sm_90a"
+    for target in ("cuda-sm_80", "llvm"):
+        with pytest.raises(UnsupportedError, match=f"sm_90a: found target '{target}'"):
+            build._same_gpu(target, "sm_90a")
+
+
+def test_a_weight_that_is_stored():
+    """It is that of the first set of inputs, and no input any more."""
+    problem = Matmul(5, 16, 32, "int32")
+    built = build._compile(Candidate(problem, stored=("x2",)), "llvm")
+    assert [spec.name for spec in built.inputs] == ["x1"]
+    arrays = inputs(problem)
+    (y,) = built.run({"x1": arrays.A}).values()
+    np.testing.assert_array_equal(y, arrays.A.astype(np.int32) @ arrays.W.astype(np.int32).T)
 
 
 def test_overriding_one_kind_of_configuration():

@@ -19,9 +19,11 @@ from pathlib import Path
 import numpy as np
 
 import opferry
-from opferry.runtime.errors import OpferryError
+from opferry.runtime.errors import OpferryError, UnsupportedError
+from opferry.schedules.cuda.arch import ARCHS
 from opferry.schedules.cuda.override import overriding
 
+from ..inputs import inputs
 from .index import INDEX, Entry, stored_digest
 from .modes import Mode, modes
 from .problems import GROUPS, Candidate, candidates, node
@@ -83,9 +85,24 @@ def _compile_mode(mode: Mode, target: str) -> opferry.Module:
 
 def _compile(candidate: Candidate, target: str) -> opferry.Module:
     it = node(candidate.problem)
-    model = opferry.node_model(candidate.problem.op, it.feeds, it.outputs, it.constant, **it.attrs)
+    feeds, constant = it.feeds, it.constant
+    if candidate.stored:
+        arrays = vars(inputs(candidate.problem))
+        feeds = feeds | {name: arrays[it.given[name]] for name in candidate.stored}
+        constant = [*constant, *candidate.stored]
+    if candidate.arch:
+        target = _same_gpu(target, candidate.arch)
+    model = opferry.node_model(candidate.problem.op, feeds, it.outputs, constant, **it.attrs)
     with overriding(candidate.kind, candidate.fields):
         return opferry.compile(model, target)
+
+
+def _same_gpu(target: str, name: str) -> str:
+    """The target of an architecture; ``UnsupportedError`` unless ``target`` is of the same GPUs."""
+    asked = ARCHS.get(target.removeprefix("cuda-"))
+    if asked is None or asked.capability != ARCHS[name].capability:
+        raise UnsupportedError(f"code for {name}: found target {target!r}, allowed the same GPU's")
+    return f"cuda-{name}"
 
 
 def main() -> None:

@@ -202,6 +202,8 @@ def _linear() -> list[Mode]:
         m("fp16", 37, 51, 130, transpose=(1, 1), fed=False),
         m("int32", 37, 51, 130, b1=(3,), b2=(3,)),
         m("fp16", 19, 40, 70, b1=(2, 1), b2=(3,)),
+        m("int8", 200, 300, 1500, transpose=(0, 0)),
+        m("fp16", 517, 330, 2000, token=True, fed=False),
     ]
 
 

@@ -31,10 +31,17 @@ class Candidate:
     kind: str = ""
     """Class of the configuration whose ``fields`` are others."""
     fields: Mapping[str, int] = field(default_factory=dict)
+    arch: str = ""
+    """Of the code, where it is not the one that is asked for: another of the same GPU."""
+    stored: tuple[str, ...] = ()
+    """Inputs of `Node.given` that are part of the model."""
 
     @property
     def config(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in self.fields.items()) or "default"
+        parts = [self.arch] if self.arch else []
+        parts += [f"{name} stored" for name in self.stored]
+        parts += [f"{name}={value}" for name, value in self.fields.items()]
+        return " ".join(parts) or "default"
 
     @property
     def name(self) -> str:
@@ -102,6 +109,17 @@ _GEMM_FEW_ROWS = (
     {"block_k": 512, "stages": 3},
     {"block_k": 128, "warps_k": 4},
 )
+_GEMM_HOPPER = (
+    {"stages": 3},
+    {"block_n": 128, "stages": 6},
+    {"block_n": 128, "stages": 3},
+    {"block_m": 256, "block_n": 128, "warps_m": 16},
+)
+_ATTENTION_HOPPER = (
+    {"keys": 64, "slots": 4},
+    {"row_tiles": 1, "keys": 96},
+    {"row_tiles": 1, "keys": 96, "warps": 8},
+)
 _ATTENTION = ({"keys": 32}, {"keys": 64}, {"slots": 2}, {"slots": 4})
 _NSA = ({"keys": 32}, {"slots": 2}, {"slots": 4}, {"row_tiles": 1, "keys": 64})
 _LONGFORMER = ({"keys": 32}, {"row_tiles": 1}, {"row_tiles": 1, "keys": 64})
@@ -116,7 +134,26 @@ def candidates(group: str, quick: bool = False) -> list[Candidate]:
         if not quick:
             kind, others = _others(group, problem)
             found += [Candidate(problem, kind, fields) for fields in others]
+            found += _hopper(group, problem)
     return found
+
+
+def _hopper(group: str, p: Problem) -> list[Candidate]:
+    """The kernels that only sm_90a has, beside those for sm_90."""
+    arch = "sm_90a"
+    if group == "gemm" and p.M > 64:
+        found = [Candidate(p, arch=arch)]
+        if p.M == 4096:
+            found += [Candidate(p, "GemmConfig", fields, arch) for fields in _GEMM_HOPPER]
+        if p.M == 4096 and p.out == "int8":
+            found.append(Candidate(p, arch=arch, stored=("x2",)))
+        return found
+    if group == "attention":
+        found = [Candidate(p, arch=arch)]
+        if p.S1 == 8192:
+            found += [Candidate(p, "AttentionConfig", fields, arch) for fields in _ATTENTION_HOPPER]
+        return found
+    return []
 
 
 def _others(group: str, p: Problem) -> tuple[str, tuple[Mapping[str, int], ...]]:

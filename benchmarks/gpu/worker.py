@@ -97,7 +97,8 @@ class Contest:
             self.notes[name] = f"not built: {entry.error}".split("\n")[0][:300]
             return
         module = load(folder / entry.folder)
-        arrays_of = node(self.problem).given
+        taken = {spec.name for spec in module.inputs}
+        arrays_of = {n: x for n, x in node(self.problem).given.items() if n in taken}
 
         def bind(arrays: SimpleNamespace) -> on.Work:
             return on.bound(module, {n: getattr(arrays, array) for n, array in arrays_of.items()})

@@ -44,9 +44,11 @@ class Arch:
     cp_async: bool
     """Copies from global to shared memory that bypass registers, in groups."""
     bulk_copy: bool = False
-    """Tensor copies by the copy engine, completing on barriers in shared memory."""
+    """Copies of whole runs by the copy engine, completing on barriers in shared memory."""
     wgmma: bool = False
-    """Matrix instructions of four warps, in code for this very architecture (``sm_90a``)."""
+    """Matrix instructions of four warps that read shared memory themselves."""
+    specific: bool = False
+    """Code for it runs on its own compute capability alone (names that end in ``a``)."""
     registers_per_sm: int = 64 * 1024
 
 
@@ -61,6 +63,8 @@ _AMPERE = {
     "cp_async": True,
 }
 
+_HOPPER = ((9, 0), _kib(227), _kib(228), 2048, 32)
+
 ARCHS: dict[str, Arch] = {
     arch.name: arch
     for arch in (
@@ -68,12 +72,8 @@ ARCHS: dict[str, Arch] = {
         Arch("sm_80", (8, 0), _kib(163), _kib(164), 2048, 32, **_AMPERE),
         Arch("sm_86", (8, 6), _kib(99), _kib(100), 1536, 16, **_AMPERE),
         Arch("sm_89", (8, 9), _kib(99), _kib(100), 1536, 24, **_AMPERE),
-        Arch(
-            *("sm_90", (9, 0), _kib(227), _kib(228), 2048, 32),
-            **_AMPERE,
-            bulk_copy=True,
-            wgmma=True,
-        ),
+        Arch("sm_90", *_HOPPER, **_AMPERE, bulk_copy=True),
+        Arch("sm_90a", *_HOPPER, **_AMPERE, bulk_copy=True, wgmma=True, specific=True),
     )
 }
 """Architecture -> its record, oldest first: what opferry compiles for."""

@@ -9,9 +9,9 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
-from ..intrin import cuda
+from ..intrin import cuda, hopper
 from .attention_place import Place, Standing, float32, named, store_records
-from .attention_products import OrdinaryUnits, Products, TensorCores
+from .attention_products import OrdinaryUnits, Products, TensorCores, Warpgroups, shared_row
 from .shared_memory import shared_memory
 from .tile_copy import TileCopies
 
@@ -20,32 +20,37 @@ class Block(Standing):
     """Emits the statements of a block.
 
     The ring: tile t of keys goes through ``steps`` slots, its values through ``value_steps``, one
-    after the other. Before a slot's content is used, the copy that is ``slots - 1`` ahead starts
-    into the slot that was used last; one barrier per slot serves both.
+    after the other. Before a slot's content is used, the copy that is ``ahead`` slots ahead starts
+    into the slot that was used last, or before that; one barrier per slot serves both.
     """
 
     def emit(self, place: Place) -> None:
         c = self.config
         self.place(place)
-        self.shared = shared_memory(c.shared_elements, self._shared_dtype)
+        align = hopper.ATOM_BYTES if c.wgmma else -1
+        self.shared = shared_memory(c.shared_elements, self._shared_dtype, align)
         self.copies = TileCopies(c, self.shared, self.thread)
         make = TensorCores if c.tensor_cores else OrdinaryUnits
+        if c.wgmma:
+            make = Warpgroups
         self.products: Products = make(c, self.arch, self.problem.dtype, self.shared, self.thread)
         self._allocate()
         first, end = self._key_tiles()
         self._copy_queries()
-        for ahead in range(c.slots - 1):
+        for ahead in range(c.ahead):
             self._copy_ahead(first, end, tir.const(0, "int32"), ahead)
         if c.queries_in_registers:
-            self.copies.arrive(c.slots - 1)
+            self.copies.arrive(c.ahead)
             self.products.load_queries()
         with T.serial(end - first) as turn:
             tile = named(first + turn)
             self.products.forget_addresses()
             self._scores(tile, end, turn)
+            self.products.wait(0)
             self._softmax(named(tile * c.keys))
             if self.wants_output:
                 self._values(tile, end, turn)
+        self.products.wait(0)
         if c.asynchronous:
             cuda.wait_copies(0)
         self._store()
@@ -91,8 +96,20 @@ class Block(Standing):
             n, i = self.head_and_row(r)
             return attention.element(p.layout, p.D, self.at.b, n, self.at.query_start + i, d)
 
-        query = self.buffers["query"]
-        self.copies.copy(query, p.D, 0, c.rows, c.steps * c.depth, 0, self.rows, index)
+        query, parts = self.buffers["query"], c.steps if c.wgmma else 1
+        width = c.steps * c.depth // parts
+        for part in range(parts):
+            self.copies.copy(
+                query,
+                p.D,
+                part * c.rows * width,
+                c.rows,
+                width,
+                part * width,
+                self.rows,
+                index,
+                lambda row: shared_row(c, row),
+            )
         if c.queries_in_registers:
             self.copies.commit()
 
@@ -131,8 +148,10 @@ class Block(Standing):
         return c.query_elements + slot * c.slot_elements
 
     def _next_slot(self, tile: Expr, end: Expr, turn: Expr, number: int) -> Expr | int:
-        self.copies.arrive(self.config.slots - 2)
-        self._copy_ahead(tile, end, turn, number + self.config.slots - 1)
+        # ptxas gives up on products of several steps of D that are under way around the loop.
+        self.products.wait(0 if not number and self.config.steps > 1 else 1)
+        self.copies.arrive(self.config.ahead - 1)
+        self._copy_ahead(tile, end, turn, number + self.config.ahead)
         return named(self._slot(turn, number)) if self._moves else self._slot(turn, number)
 
     @property

@@ -23,6 +23,11 @@ _SPLIT_KEYS = 256
 """Each block of a divided sequence has at least so many keys."""
 _HELD_QUERIES = 128
 """The most columns of queries, of all row tiles, that a warp keeps in registers."""
+_WARPGROUP_KEYS = {64: 64, 128: 48}
+"""D -> keys of a tile of a warpgroup that holds 128 rows, such that its registers hold scores,
+weights and output.
+"""
+_WARPGROUP_SLOTS = 8
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -43,7 +48,7 @@ class AttentionConfig:
     slices: int
     """Blocks that share the rows of a tile and divide the columns of the output."""
     slots: int
-    """Tiles of the ring, ``keys x depth`` each: 2 or 4."""
+    """Tiles of the ring, ``keys x depth`` each."""
     item_bytes: int
     """Of an element in shared memory."""
     piece: int
@@ -56,6 +61,8 @@ class AttentionConfig:
     split_blocks: int = 0
     """Divide the keys until there are so many blocks; 0: never."""
     split_keys: int = _SPLIT_KEYS
+    wgmma: bool = False
+    """Warpgroups multiply from shared memory, in which rows are 64 elements wide."""
 
     @property
     def threads(self) -> int:
@@ -68,6 +75,13 @@ class AttentionConfig:
     @property
     def rows(self) -> int:
         return self.warps * self.warp_rows
+
+    @property
+    def ahead(self) -> int:
+        """Slots between the one that is used and the one that is filled meanwhile: products of
+        warpgroups may still read the last one.
+        """
+        return self.slots - (2 if self.wgmma else 1)
 
     @property
     def width(self) -> int:
@@ -104,6 +118,8 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
     accumulators would exceed the registers, as they would with D above 64 where every pair has a
     random number of its own.
     """
+    if (found := _warpgroups(problem, arch)) is not None:
+        return found
     alone = draws_alone(problem)
     tensor_cores = on_tensor_cores(problem.dtype, arch)
     padded = _up(problem.D, 16)
@@ -142,6 +158,34 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
     raise UnsupportedError(
         f"{problem.label}: found D = {problem.D} in {problem.dtype}, allowed what "
         f"{arch.shared_per_block} bytes of shared memory hold on {arch.name}"
+    )
+
+
+def _warpgroups(problem: AttentionProblem, arch: Arch) -> AttentionConfig | None:
+    """One warpgroup of 128 rows, two blocks of which share a multiprocessor; None where others do
+    better, or nobody knows how.
+    """
+    heads, rows = _rows(problem)
+    kept = problem.dtype in ("float16", "bfloat16") and problem.D in _WARPGROUP_KEYS
+    if not arch.wgmma or not kept or rows <= 64:
+        return None
+    steps = problem.D // 64
+    return AttentionConfig(
+        tensor_cores=True,
+        warps=4,
+        row_tiles=2,
+        keys=_WARPGROUP_KEYS[problem.D],
+        depth=64,
+        steps=steps,
+        value_steps=steps if "attention_out" in problem.outputs else 0,
+        slices=1,
+        slots=_WARPGROUP_SLOTS,
+        item_bytes=2,
+        piece=8,
+        asynchronous=True,
+        queries_in_registers=False,
+        heads=heads,
+        wgmma=True,
     )
 
 

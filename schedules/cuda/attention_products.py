@@ -4,8 +4,8 @@ Both ways give a thread the elements that the fragments of ``intrin.cuda`` give 
 ``16 m + g + 8 h`` of its warp, columns ``8 n + 2 t`` and the next. ``scores`` and ``output`` hold
 them as ``[m][n][h][2]``.
 
-Tiles in shared memory are rows of 16-byte chunks, swizzled: queries ``[rows][steps * depth]``, a
-slot of the ring ``[keys][depth]``.
+Tiles in shared memory are rows of 16-byte chunks, swizzled: queries ``[rows][steps * depth]``, for
+warpgroups ``[steps][rows][depth]``, a slot of the ring ``[keys][depth]``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tvm.tirx as tir
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from ..intrin import cuda
+from ..intrin import cuda, hopper
 from .arch import WARP, Arch
 from .attention_config import AttentionConfig
 from .attention_place import float32, named
@@ -47,6 +47,15 @@ class Fragments:
 def chunk_offset(row: Expr, chunk: Expr | int, chunks: int, per_chunk: int) -> Expr:
     """Element where a chunk of a tile with ``chunks`` chunks a row begins."""
     return (row * chunks + cuda.swizzle(row, chunk, chunks)) * per_chunk
+
+
+def shared_row(config: AttentionConfig, row: Expr) -> Expr:
+    """Where row ``row`` of the tile lies among the queries in shared memory."""
+    if not config.wgmma or config.row_tiles == 1:
+        return row
+    group = hopper.ROWS * config.row_tiles
+    fragment, warp = row % config.warp_rows // 16, row // config.warp_rows % 4
+    return row // group * group + fragment * hopper.ROWS + warp * 16 + row % 16
 
 
 class Products:
@@ -96,6 +105,11 @@ class Products:
         """``scores`` are the weights now: make them the left operand."""
         raise NotImplementedError
 
+    def wait(self, pending: int) -> None:
+        """Until at most ``pending`` calls of `add_scores` and `add_values` are under way, where
+        they go on by themselves.
+        """
+
     def add_values(self, slot: Expr | int, step: int) -> None:
         """part ``step`` of output += weights @ values"""
         raise NotImplementedError
@@ -106,8 +120,35 @@ def _clear(buffer: tir.Buffer) -> None:
         T.buffer_store(buffer, float32(0), [k])
 
 
-class TensorCores(Products):
-    """float16 or bfloat16 operands; a warp's fragments come from shared memory by ldmatrix."""
+class HalfWeights(Products):
+    """float16 or bfloat16 operands; the weights stay in registers, as left fragments."""
+
+    def __init__(
+        self, config: AttentionConfig, arch: Arch, dtype: str, shared: tir.Buffer, thread: Expr
+    ):
+        super().__init__(config, arch, dtype, shared, thread)
+        if config.value_steps:
+            size = config.row_tiles * config.keys // 16 * 4
+            self.weights = T.alloc_buffer((size,), "uint32", scope="local")
+
+    def take_weights(self) -> None:
+        one = self.arch.cp_async  # both came with sm_80
+        for m in range(self.config.row_tiles):
+            for k in range(self.config.keys // 16):
+                for r in range(4):
+                    at = self.score_slot(m, 2 * k + r // 2, r % 2, 0)
+                    place = (m * (self.config.keys // 16) + k) * 4 + r
+                    pair = self.scores[at], self.scores[at + 1]
+                    cuda.pack_pair(self.weights, place, *pair, self.dtype, one)
+
+    def _left(self, m: int, k: int) -> list[Expr]:
+        """Fragment of the weights of keys 16 k .. 16 k + 15."""
+        first = (m * (self.config.keys // 16) + k) * 4
+        return [self.weights[first + r] for r in range(4)]
+
+
+class TensorCores(HalfWeights):
+    """A warp's fragments come from shared memory by ldmatrix."""
 
     def __init__(
         self, config: AttentionConfig, arch: Arch, dtype: str, shared: tir.Buffer, thread: Expr
@@ -123,9 +164,6 @@ class TensorCores(Products):
         kept = config.steps * config.depth // 16 if config.queries_in_registers else 1
         self.queries = T.alloc_buffer((kept * config.row_tiles * 4,), "uint32", scope="local")
         self.right = T.alloc_buffer((4,), "uint32", scope="local")
-        if config.value_steps:
-            size = config.row_tiles * config.keys // 16 * 4
-            self.weights = T.alloc_buffer((size,), "uint32", scope="local")
 
     def forget_addresses(self) -> None:
         for place in (self.query_place, self.key_place, self.value_place):
@@ -158,16 +196,6 @@ class TensorCores(Products):
                         at = self.score_slot(m, 2 * pair + half, 0, 0)
                         self._multiply(self.scores, at, left, half)
 
-    def take_weights(self) -> None:
-        one = self.arch.cp_async  # both came with sm_80
-        for m in range(self.config.row_tiles):
-            for k in range(self.config.keys // 16):
-                for r in range(4):
-                    at = self.score_slot(m, 2 * k + r // 2, r % 2, 0)
-                    place = (m * (self.config.keys // 16) + k) * 4 + r
-                    pair = self.scores[at], self.scores[at + 1]
-                    cuda.pack_pair(self.weights, place, *pair, self.dtype, one)
-
     def add_values(self, slot: Expr | int, step: int) -> None:
         c = self.config
         for k in range(c.keys // 16):
@@ -176,8 +204,7 @@ class TensorCores(Products):
                 address = self.value_place.address(slot, 16 * k, 2 * pair)
                 cuda.ldmatrix(registers, address, transpose=True)
                 for m in range(c.row_tiles):
-                    first = (m * (c.keys // 16) + k) * 4
-                    left = [self.weights[first + r] for r in range(4)]
+                    left = self._left(m, k)
                     for half in range(2):
                         n = step * c.depth // 8 + 2 * pair + half
                         self._multiply(self.output, self.output_slot(m, n, 0, 0), left, half)
@@ -190,6 +217,57 @@ class TensorCores(Products):
             left,
             [self.right[2 * half + r] for r in range(2)],
         )
+
+
+class Warpgroups(HalfWeights):
+    """Four warps together multiply 64 rows, 16 of each, from shared memory: fragments m of theirs
+    are the 64 rows m of their queries there, as `shared_row` says. Every call is one group of
+    products.
+    """
+
+    def __init__(
+        self, config: AttentionConfig, arch: Arch, dtype: str, shared: tir.Buffer, thread: Expr
+    ):
+        super().__init__(config, arch, dtype, shared, thread)
+        self.group = T.Bind(hopper.warpgroup(thread))
+        self.matrix = T.Bind(hopper.descriptor(T.address_of(shared[0])))
+
+    def _operand(self, element: Expr | int) -> Expr:
+        """Descriptor of the rows that begin at an element of shared memory."""
+        return T.Bind(hopper.advanced(self.matrix, element * self.config.item_bytes))
+
+    def clear_scores(self) -> None:
+        """The first products do not add."""
+
+    def add_scores(self, slot: Expr | int, step: int) -> None:
+        c = self.config
+        registers = self.key_tiles * 4
+        own = (step * c.rows + self.group * (hopper.ROWS * c.row_tiles)) * c.depth
+        left, right = self._operand(own), self._operand(slot)
+        hopper.begin_products()
+        for m in range(c.row_tiles):
+            scores = [self.scores[m * registers + r] for r in range(registers)]
+            rows = m * hopper.ROWS * hopper.ROW_BYTES
+            for k in range(0, hopper.ROW_BYTES, hopper.STEP_BYTES):
+                a, b = hopper.advanced(left, rows + k), hopper.advanced(right, k)
+                hopper.multiply(self.dtype, scores, a, b, accumulate=step + k > 0)
+        hopper.commit_products()
+
+    def add_values(self, slot: Expr | int, step: int) -> None:
+        c = self.config
+        registers = c.depth // 8 * 4
+        right = self._operand(slot)
+        hopper.begin_products()
+        for m in range(c.row_tiles):
+            first = self.output_slot(m, step * c.depth // 8, 0, 0)
+            output = [self.output[first + r] for r in range(registers)]
+            for k in range(c.keys // 16):
+                b = hopper.advanced(right, 16 * k * hopper.ROW_BYTES)
+                hopper.multiply(self.dtype, output, self._left(m, k), b, transposed=True)
+        hopper.commit_products()
+
+    def wait(self, pending: int) -> None:
+        hopper.wait_products(pending)
 
 
 class OrdinaryUnits(Products):

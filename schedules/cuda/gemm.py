@@ -11,6 +11,9 @@ Both operands are rows of consecutive k: A as M x K, wherever `Problem.a_entry` 
 lies, so that the tiled memory orders cost index arithmetic only; B as N x K. Rows and k beyond the
 end are filled with zeros by the copy itself.
 
+On sm_90a (``wgmma``) the products are those of warpgroups, which read shared memory themselves and
+run on while the block fills another stage; weights in panels come as bulk copies.
+
 With few rows the warps of a block split K instead of the tile (``warps_k``): the weights stream
 through all of them, and integer partial sums meet in shared memory, in any order the same.
 """
@@ -32,6 +35,7 @@ from tvm.tirx.script.builder import ir as T
 from tvm_ffi import structural_map
 
 from ..intrin import cuda as ptx
+from ..intrin import hopper
 from ..intrin.cuda import CHUNK_BYTES as CHUNK
 from . import arch as archs
 from .arch import WARP, Arch
@@ -39,6 +43,7 @@ from .attention_place import named
 from .gemm_config import GemmConfig, configure
 from .guard import guard
 from .override import overridden
+from .panels import Panels
 from .shared_memory import shared_memory
 
 if TYPE_CHECKING:
@@ -50,6 +55,11 @@ LOCALITY = 8
 """Row tiles that follow one another before the column tile advances: what they read is shared in
 the second-level cache.
 """
+
+
+def panels(target: Target) -> Panels | None:
+    """What weights are packed to for ``target``, if not rows."""
+    return Panels() if archs.of(target).wgmma else None
 
 
 def build(problem: Problem, target: Target) -> PrimFunc:
@@ -130,11 +140,10 @@ class _Kernel:
 
     def _body(self, block: Expr, thread: Expr, tiles_m: Expr, tiles_n: Expr) -> None:
         p, c = self.p, self.c
-        self.shared = shared_memory(c.shared_bytes(self.item), "int8")
+        align = hopper.ATOM_BYTES if c.wgmma else -1
+        self.shared = shared_memory(c.shared_bytes(self.item), "int8", align)
         fragments = c.warp_m // 16 * (c.warp_n // 8)
         self.acc = T.alloc_buffer((fragments * 4,), "uint32", scope="local")
-        self.fa = T.alloc_buffer((c.warp_m // 16 * 4,), "uint32", scope="local")
-        self.fb = T.alloc_buffer((c.warp_n // 8 * 2,), "uint32", scope="local")
         self.thread = thread
         self.lane = T.Bind(thread % WARP)
         warp = T.Bind(thread // WARP)
@@ -150,8 +159,8 @@ class _Kernel:
             *(p.m, p.k, gcd(p.a_run, CHUNK), p.a_row_run),
         )
         self.rows_b = _Rows(
-            lambda row, k: self.b[p.b_batch(self.z), row, k],
-            *(p.n, int(p.b.shape[-1]), CHUNK),
+            lambda row, k: p.b_entry(self.b, p.b_batch(self.z), row, k),
+            *(p.n, p.b_k, CHUNK),
         )
         self.first_row = named(tile_m * c.block_m)
         self.first_col = named(tile_n * c.block_n)
@@ -163,18 +172,11 @@ class _Kernel:
         p, c = self.p, self.c
         for i in range(int(self.acc.shape[0])):
             T.buffer_store(self.acc, tirx.const(0, "uint32"), [i])
-        steps = _tiles(p.k, c.block_k)
-        ahead = c.stages - 1
-        for stage in range(ahead):
-            self._load(stage, tirx.const(stage, "int64"))
-        with T.serial(0, steps) as step:
-            if self.arch.cp_async:
-                ptx.wait_copies(ahead - 1)
-            self._sync()
-            self._load((step + ahead) % c.stages, step + ahead)
-            self._multiply(step % c.stages)
-        if self.arch.cp_async:
-            ptx.wait_copies(0)
+        self.steps = _tiles(p.k, c.block_k)
+        if c.wgmma:
+            self._run_warpgroups()
+        else:
+            self._run_warps()
         self._sync()
         if c.warps_k > 1:
             self._reduce_and_store()
@@ -184,6 +186,95 @@ class _Kernel:
             self._store_elements()
 
     # Main loop.
+
+    def _run_warps(self) -> None:
+        c = self.c
+        self.fa = T.alloc_buffer((c.warp_m // 16 * 4,), "uint32", scope="local")
+        self.fb = T.alloc_buffer((c.warp_n // 8 * 2,), "uint32", scope="local")
+        ahead = c.stages - 1
+        for stage in range(ahead):
+            self._load(stage, tirx.const(stage, "int64"))
+        with T.serial(0, self.steps) as step:
+            if self.arch.cp_async:
+                ptx.wait_copies(ahead - 1)
+            self._sync()
+            self._load((step + ahead) % c.stages, step + ahead)
+            self._multiply(step % c.stages)
+        if self.arch.cp_async:
+            ptx.wait_copies(0)
+
+    def _run_warpgroups(self) -> None:
+        """One group of products is always under way: a stage is filled again two steps after its
+        own, behind a barrier of the block that everyone reaches with these products done.
+        """
+        c = self.c
+        self.group = T.Bind(hopper.warpgroup(self.thread))
+        self.matrix = T.Bind(hopper.descriptor(T.address_of(self.shared[0])))
+        if self.p.b_panels:
+            with T.If(self.thread == 0), T.Then():
+                for stage in range(c.stages):
+                    hopper.init_barrier(self._barrier(stage), 1)
+                hopper.publish_barriers()
+        ahead = c.stages - 2
+        for stage in range(ahead):
+            self._load_inside(stage, tirx.const(stage, "int64"))
+        with T.serial(0, self.steps) as step:
+            ptx.wait_copies(ahead - 1)
+            hopper.fence_shared()
+            self._sync()
+            self._load_inside((step + ahead) % c.stages, step + ahead)
+            stage = T.Bind(step % c.stages)
+            if self.p.b_panels:
+                hopper.wait_barrier(self._barrier(stage), step // c.stages)
+            self._multiply_warpgroup(stage)
+            hopper.wait_products(1)
+        hopper.wait_products(0)
+        ptx.wait_copies(0)
+
+    def _barrier(self, stage: Expr | int) -> Expr:
+        at = self.c.barriers_at + stage * hopper.BARRIER_BYTES
+        return T.address_of(self.shared[at])
+
+    def _load_inside(self, stage: Expr | int, step: Expr) -> None:
+        """As `_load`, but nothing for steps beyond the last; packed weights by one thread."""
+        c, p, base = self.c, self.p, stage * self.c.stage_bytes
+        base_b = base + c.block_m * c.block_k
+        with T.If(step < self.steps), T.Then():
+            if p.b_panels:
+                with T.If(self.thread == 0), T.Then():
+                    self._load_panels(p.b_panels, base_b, self._barrier(stage), step)
+            else:
+                self._load_rows(self.rows_b, self.first_col, c.block_n, base_b, step)
+            self._load_rows(self.rows_a, self.first_row, c.block_m, base, step)
+        ptx.commit_copies()
+
+    def _load_panels(self, panels: Panels, base: Expr, barrier: Expr, step: Expr) -> None:
+        """A tile of B: what lies beyond the last panel stays undefined, as its products do."""
+        along_n, _ = panels.count(self.p.n, self.p.k)
+        first, most = T.Bind(self.first_col // panels.rows), self.c.block_n // panels.rows
+        inside = T.Bind(tirx.min(along_n - first, most))
+        hopper.arrive_expecting(barrier, inside * panels.bytes)
+        for i in range(most):
+            with guard(i < inside, i > 0):
+                source = self.b[self.p.b_batch(self.z), first + i, step, 0, 0]
+                target = self.shared[base + i * panels.bytes]
+                hopper.copy_bulk(T.address_of(target), T.address_of(source), panels.bytes, barrier)
+
+    def _multiply_warpgroup(self, stage: Expr) -> None:
+        """The products of one stage, as one group."""
+        c = self.c
+        base_a = stage * c.stage_bytes + self.group * (hopper.ROWS * c.block_k)
+        base_b = stage * c.stage_bytes + c.block_m * c.block_k
+        a = T.Bind(hopper.advanced(self.matrix, base_a))
+        b = T.Bind(hopper.advanced(self.matrix, base_b))
+        columns = min(c.block_n, hopper.COLUMNS)
+        hopper.begin_products()
+        for k in range(0, c.block_k, hopper.STEP_BYTES):
+            for first in range(0, c.block_n, columns):
+                registers = [self.acc[first // 2 + r] for r in range(columns // 2)]
+                rows = hopper.advanced(b, first * c.block_k + k)
+                hopper.multiply_s8(registers, hopper.advanced(a, k), rows)
+        hopper.commit_products()
 
     def _load(self, stage: Expr | int, step: Expr) -> None:
         """Step ``step`` of A and B into ``stage``; zeros beyond the end of K."""

@@ -7,6 +7,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from ..intrin.cuda import CHUNK_BYTES as CHUNK
+from ..intrin.hopper import BARRIER_BYTES
 from .arch import WARP, Arch
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ class GemmConfig:
     warps_n: int
     warps_k: int = 1
     stages: int = 4
+    wgmma: bool = False
+    """Whether warpgroups multiply from shared memory; they stand below one another."""
 
     @property
     def threads(self) -> int:
@@ -47,7 +50,12 @@ class GemmConfig:
             after = self.warps_k * self.block_m * self.block_n * 4
         else:
             after = self.warps_m * self.warps_n * 16 * (self.warp_n * item + CHUNK)
-        return max(self.stages * self.stage_bytes, after)
+        return max(self.barriers_at + self.stages * BARRIER_BYTES * self.wgmma, after)
+
+    @property
+    def barriers_at(self) -> int:
+        """Offset of the stages' barriers in shared memory: behind the stages."""
+        return self.stages * self.stage_bytes
 
 
 _STREAMING = (
@@ -67,8 +75,18 @@ _TILES = (
 )
 """Largest first: each byte in shared memory serves more products, but fewer blocks run at once."""
 
+_WARPGROUP_TILES = (
+    GemmConfig(128, 256, 128, 8, 1, wgmma=True),
+    GemmConfig(128, 128, 128, 8, 1, stages=6, wgmma=True),
+    GemmConfig(64, 128, 128, 4, 1, wgmma=True),
+    GemmConfig(64, 64, 128, 4, 1, stages=6, wgmma=True),
+)
+"""Largest first; the last two leave room for a second block."""
+
 _FILLED = 2 * 108
 """Blocks that keep an A100 busy: two for each multiprocessor."""
+_FILLED_WGMMA = 128
+"""Blocks that keep an H100 busy, whose tiles are larger: one for nearly each of its 132."""
 
 
 def configure(problem: Problem, arch: Arch) -> dict[int | None, GemmConfig]:
@@ -80,7 +98,7 @@ def configure(problem: Problem, arch: Arch) -> dict[int | None, GemmConfig]:
     m = problem.m if isinstance(problem.m, int) else None
     few = _STREAMING[-1].block_m
     if m is None:
-        found = {few: _STREAMING[-1], None: _TILES[1]}
+        found = {few: _STREAMING[-1], None: (_WARPGROUP_TILES if arch.wgmma else _TILES)[1]}
     elif m <= few:
         found = {None: _streaming(problem, m)}
     else:
@@ -97,6 +115,9 @@ def _streaming(problem: Problem, m: int) -> GemmConfig:
 
 
 def _tiled(problem: Problem, m: int, arch: Arch) -> GemmConfig:
+    if arch.wgmma:
+        enough = (c for c in _WARPGROUP_TILES if _blocks(problem, m, c) >= _FILLED_WGMMA)
+        return next(enough, _WARPGROUP_TILES[-1])
     # A thread of the widest tile has no register left for copies that pass through it.
     tiles = _TILES if arch.cp_async else _TILES[1:]
     return next((c for c in tiles if _blocks(problem, m, c) >= _FILLED), _TILES[-1])

@@ -51,7 +51,7 @@ def build(problem: Problem, _: Target) -> tirx.PrimFunc:
                     T.buffer_store(acc, tirx.const(0, "int32"), [0])
                     with T.serial(_int64(problem.k)) as k:
                         left = problem.a_entry(a, problem.a_batch(z), row, k).astype("int32")
-                        right = b[problem.b_batch(z), n, k].astype("int32")
+                        right = problem.b_entry(b, problem.b_batch(z), n, k).astype("int32")
                         T.buffer_store(acc, acc[0] + left * right, [0])
                     value = problem.epilogue(acc[0], problem.at(z, row, n), *operands)
                     T.buffer_store(y, value, problem.y_index(z, row, n))

@@ -9,7 +9,7 @@ import tvm.tirx as tir
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from ..intrin import cuda
+from ..intrin import cuda, hopper
 from .attention_config import AttentionConfig
 from .attention_products import chunk_offset
 from .guard import guard
@@ -36,10 +36,12 @@ class TileCopies:
         first_column: Expr | int,
         count: Expr,
         index: Callable[[Expr, Expr], list[Expr]],
+        held: Callable[[Expr], Expr] = lambda row: row,
     ) -> None:
         """shared[base + ..] = [rows][columns] of ``buffer`` from column ``first_column`` on; zeros
         from row ``count`` and column ``size`` on. ``index(row, column)`` is asked for a column
-        inside only, but for any row; neighbouring columns are neighbours in memory.
+        inside only, but for any row; neighbouring columns are neighbours in memory. ``held(row)``:
+        where in shared memory a row lies.
         """
         c = self.config
         per_chunk = cuda.CHUNK_BYTES // c.item_bytes
@@ -51,7 +53,7 @@ class TileCopies:
         with loop(rounds) as turn:
             number = self.thread + turn * c.threads
             row, column = number // per_row, number % per_row * c.piece
-            target = chunk_offset(row, column // per_chunk, columns // per_chunk, per_chunk)
+            target = chunk_offset(held(row), column // per_chunk, columns // per_chunk, per_chunk)
             target = base + target + column % per_chunk
             d, valid = first_column + column, row < count
             if padded:
@@ -85,4 +87,6 @@ class TileCopies:
         """
         if self.config.asynchronous:
             cuda.wait_copies(pending)
+        if self.config.wgmma:
+            hopper.fence_shared()
         T.evaluate(T.cuda.cta_sync())

@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from .barriers import Barriers
 from .memory import AsyncCopies, Pointer
 from .races import WARP, Order, SimtError
+from .warpgroup import Products
 
 
 class Block:
@@ -16,6 +18,7 @@ class Block:
         self.mask = None
         self.regions = []  # shared, in order of allocation
         self.copies = AsyncCopies(threads)
+        self.barriers, self.products = Barriers(), Products(threads)
         self.order = Order(-(-threads // WARP))
 
     def active(self):

@@ -42,6 +42,9 @@ def ptx_call(compiler, name, args):
     for slot, first, lanes in operand_layout(entry, modifiers):
         operands = args[first : first + lanes]
         used = first + lanes
+        if function is ptx.WGMMA and slot.name in ("d", "a"):
+            reads.append((slot.name, "reg", [place(compiler, arg) for arg in operands]))
+            continue
         if slot.rw in ("w", "rw"):
             writes += [
                 (compiler.lvalue(arg.source, arg.indices), compiler.dtype(arg)) for arg in operands
@@ -80,6 +83,12 @@ def reader(compiler, slot, arg):
         return lambda block: immediate(block)
     register, dtype = compiler.compile(arg), compiler.dtype(arg)
     return lambda block: block.array(register(block), dtype)
+
+
+def place(compiler, arg):
+    """The closure of (storage.Local, index) of a register."""
+    buffer, (index,) = compiler.element(arg.source, arg.indices)
+    return lambda block: (block.env[buffer], index(block))
 
 
 def bits_as(result, dtype):

@@ -65,6 +65,10 @@ class Program(Statements):
                 body(block)
                 if block.copies.pending:
                     raise SimtError(f"cp.async still in flight at the end, {block.place()}")
+                if block.barriers.in_flight():
+                    raise SimtError(f"cp.async.bulk still in flight at the end, {block.place()}")
+                if block.products.in_flight():
+                    raise SimtError(f"wgmma still in flight at the end, {block.place()}")
 
         return launch
 

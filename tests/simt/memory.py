@@ -87,6 +87,12 @@ class Pointer:
     def __xor__(self, bits):
         return self.number() ^ wide(bits)
 
+    def __and__(self, bits):
+        return self.number() & wide(bits)
+
+    def __rshift__(self, bits):
+        return self.number() >> wide(bits)
+
     __rxor__ = __xor__
 
     def read(self, block, size, aligned=True):

@@ -7,9 +7,12 @@ immediates as ints. It returns the destinations in order. CALLS lists them by ta
 
 import numpy as np
 
+from . import barriers, warp_matrix, warpgroup
 from . import lane_calls as lanes
 from . import memory_calls as memory
-from . import warp_matrix
+
+WGMMA = warpgroup.mma
+"""Given its registers `d` and `a` as places, (storage.Local, index): they stay in use."""
 
 CALLS = {
     "ldmatrix": warp_matrix.ldmatrix,
@@ -42,7 +45,21 @@ CALLS = {
     "barrier_sync_count": memory.bar_sync,
     "bar_red_popc": memory.barrier_wide(np.count_nonzero),
     "bar_warp_sync": lanes.warp_sync,
+    "mbarrier_init": barriers.init,
+    "fence_mbarrier_init": barriers.publish,
+    "mbarrier_arrive": barriers.arrive,
+    "mbarrier_arrive_nocount": barriers.arrive,
+    "mbarrier_arrive_expect_tx": barriers.arrive,
+    "mbarrier_try_wait_parity_no_hint": barriers.wait,
+    "mbarrier_try_wait_parity": barriers.wait,
+    "mbarrier_test_wait_parity": barriers.wait,
+    "cp_async_bulk_g2s_cluster": barriers.copy,
+    "fence_proxy": barriers.fence_proxy,
+    "wgmma_fence": warpgroup.fence,
+    "wgmma_commit_group": warpgroup.commit_group,
+    "wgmma_wait_group": warpgroup.wait_group,
     "fence": memory.nothing,
+    **{f"wgmma_{kind}_{form}": WGMMA for kind in ("int", "f16", "bf16") for form in ("ss", "rs")},
     "prefetch": memory.nothing,
     "shfl_sync": lanes.shfl_sync,
     "shfl_sync_p": lanes.shfl_sync_p,

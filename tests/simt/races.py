@@ -36,6 +36,7 @@ class Order:
         self.seen = np.zeros((warps, 34), np.int64)
         self.seen[:, ASYNC_COLUMN] = -1  # nothing is behind a copy in flight
         self.epoch = 1
+        self.fenced = np.zeros(warps * WARP, np.int64)  # last epoch before a proxy fence, by thread
         self.clean = self.epoch << ID_BITS  # tags below are behind a barrier of the block
 
     def barrier(self):
@@ -46,6 +47,11 @@ class Order:
     def warp_barrier(self, warps):
         """warps: their numbers."""
         self.seen[warps, warps] = self.epoch
+        self.epoch += 1
+
+    def fence(self, active):
+        """Copies and products see what these threads [threads] did so far."""
+        self.fenced[: len(active)][active] = self.epoch
         self.epoch += 1
 
     def join(self, warps):
@@ -66,6 +72,8 @@ class History:
         padded = -(-size // 16) * 16
         self.region = region
         self.writer, self.reader = np.zeros(padded, np.int32), np.zeros(padded, np.int32)
+        self.reading = np.zeros(padded, np.uint8)  # products under way that read the byte
+        self.products = 0
 
     def note(self, block, offset, size, kind, values=None, in_flight=False):
         """Judge a "read", "write" or "atomic" access of the active threads, and remember it.
@@ -81,6 +89,9 @@ class History:
         else:
             where, shape = at[:, None] + np.arange(size), (-1,)
         writer, reader = self.writer.reshape(shape), self.reader.reshape(shape)
+        if self.products and kind != "read" and self.reading.reshape(shape)[where].any():
+            byte = self.region.describe(int(at[0]))
+            raise SimtError(f"{kind} near {byte} while wgmma reads it, {block.place()}")
         by = Access(block, at, thread[:, None], kind, values)
         wrote = writer[where]
         if wrote.max() >= order.clean:
@@ -106,6 +117,41 @@ class History:
         """A copy of some threads [n] to byte offsets [n] is complete, as they know."""
         tags = block.order.epoch << ID_BITS | thread[:, None]
         self.writer[at[:, None] + np.arange(size)] = tags
+
+    def landed_for_all(self, where):
+        """Bulk copies to these bytes are complete, as all threads and products know."""
+        self.writer[where] = 0
+
+    def read_by_products(self, block, where, warps):
+        """Judge a wgmma of the threads of some warps, and remember it until it is done."""
+        tags = self.writer[where]
+        who = tags & WHO
+        bad = (tags >> ID_BITS) > block.order.seen[np.unique(warps)].min(0)[COLUMN[who]]
+        if bad.any():
+            at = bad.argmax()
+            whom = "a copy in flight" if who[at] == ASYNC else "threads with no cta_sync since"
+            byte = self.region.describe(int(where[at]))
+            raise SimtError(f"wgmma reads {byte}, written by {whom}, {block.place()}")
+        self.require_fenced(block, where, "wgmma")
+        self.reading[where] += 1
+        self.products += 1
+
+    def read_by_products_done(self, block, where):
+        self.reading[where] -= 1
+        self.products -= 1
+        self.reader[where] = block.order.epoch << ID_BITS | MANY
+
+    def require_fenced(self, block, where, what):
+        """Raise for bytes whose writer has not executed a proxy fence since."""
+        tags = self.writer[where]
+        who = tags & WHO
+        fenced = np.where(who < WARP_ID, block.order.fenced[np.where(who < WARP_ID, who, 0)], 0)
+        late = (tags >> ID_BITS) > fenced
+        if late.any():
+            byte = self.region.describe(int(where[late.argmax()]))
+            raise SimtError(
+                f"{what} of {byte} with no fence.proxy.async since it was written, {block.place()}"
+            )
 
     def merged(self, by, read, tags):
         """Readers with no barrier between them become one tag of several."""
