@@ -17,7 +17,7 @@ from tvm.tirx import PrimFunc
 
 from ..runtime.errors import UnsupportedError
 from .cuda import attention as cuda_attention
-from .cuda import gemm_split as cuda_gemm
+from .cuda import gemm_split as cuda_gemm_split
 from .cuda import longformer as cuda_longformer
 from .cuda import nsa as cuda_nsa
 from .llvm import attention, gemm, longformer, nsa
@@ -39,7 +39,7 @@ without a row have a builder of ``int8_matmul``.
 """
 
 TIR_BUILDERS: dict[str, dict[str, Callable[[Any, Target], PrimFunc]]] = {
-    "int8_matmul": {"cuda": cuda_gemm.build},
+    "int8_matmul": {"cuda": cuda_gemm_split.build},
     "qordered_longformer_attention.attention": {
         "cuda": cuda_longformer.attention,
         "llvm": longformer.attention,
