@@ -11,6 +11,7 @@ import pytest
 import tvm_ffi
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
+from simt import graph
 from tvm.target import Target
 
 import opferry
@@ -193,12 +194,15 @@ def test_facts_are_consistent():
 
 @pytest.mark.parametrize("symbolic", [True, False], ids=["symbolic", "static"])
 def test_whole_models_become_cuda(symbolic):
-    """Every kernel runs on the GPU: each PrimFunc has one, and no tensor is copied on the way."""
+    """Every kernel runs on the GPU: each PrimFunc has one, no tensor is copied on the way, and the
+    host waits for none.
+    """
     module = generated("cuda-sm_80", symbolic)
     (source,) = device_code.sources(module.mod)
     kernels = set(re.findall(r"__global__ void .*?(\w+)_kernel", source))
     assert {"linear_a8w8_quant_gemm", "qordered_matmul_gemm", "softmax", "matmul"} <= kernels
     assert "to_vdevice" not in module.as_text()
+    assert not graph.waits(module)
 
 
 def test_kernels_keep_within_the_limits_of_a_block():

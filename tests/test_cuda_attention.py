@@ -344,6 +344,15 @@ def test_symbolic_sizes():
     check(feeds, symbolic=names, **node(sparse_mode=3, keep_prob=0.5))
 
 
+@pytest.mark.parametrize("S1", [1, 19])
+def test_no_batch(S1):
+    """A part of a graph may have none: nothing is launched, and nothing divided by it."""
+    names = {"query": {0: "b"}, "key": {0: "b"}, "value": {0: "b"}}
+    func = kernel(inputs(1, 2, 1, S1, 600, 16), symbolic=names, **node())
+    none = inputs(0, 2, 1, S1, 600, 16)
+    assert execute(func, none, node())["attention_out"].size == 0
+
+
 @pytest.mark.parametrize("S2", [3, 600])
 def test_symbolic_keys_are_divided_when_there_are_many(S2):
     names = {"query": {0: "b"}, "key": {0: "b", 2: "t"}, "value": {0: "b", 2: "t"}}

@@ -23,10 +23,14 @@ from benchmarks.gpu.problems import GROUPS, QUICK, Candidate, candidates, node  
 from benchmarks.inputs import inputs  # noqa: E402
 from benchmarks.shapes import Attention, Longformer, Matmul, Nsa  # noqa: E402
 from opferry.runtime.errors import UnsupportedError  # noqa: E402
-from opferry.schedules.cuda import attention, gemm  # noqa: E402
+from opferry.schedules.cuda import attention, gemm, gemm_split  # noqa: E402
 from opferry.schedules.cuda.override import overridden, overriding  # noqa: E402
 
-CONFIGS = {"GemmConfig": gemm.GemmConfig, "AttentionConfig": attention.AttentionConfig}
+CONFIGS = {
+    "GemmConfig": gemm.GemmConfig,
+    "SplitConfig": gemm_split.SplitConfig,
+    "AttentionConfig": attention.AttentionConfig,
+}
 TINY = [
     Matmul(17, 32, 64, "int32"),
     Matmul(17, 32, 64, "bf16", per_token=True),

@@ -66,7 +66,7 @@ class Node:
 GROUPS: dict[str, tuple[Problem, ...]] = {
     "gemm": tuple(
         Matmul(*size, out, per_token=out == "bf16")
-        for size in ((4096, 4096, 4096), (8192, 4096, 4096), (16, 4096, 4096))
+        for size in ((4096, 4096, 4096), (8192, 4096, 4096), (16, 4096, 4096), (16, 768, 3072))
         for out in ("int32", "bf16", "int8")
     ),
     # 16384 tokens in all, hidden size 2048, as in the published figures.
@@ -120,6 +120,7 @@ _ATTENTION_HOPPER = (
     {"row_tiles": 1, "keys": 96},
     {"row_tiles": 1, "keys": 96, "warps": 8},
 )
+_SPLIT = ({"parts": 1}, {"parts": 2}, {"parts": 4})
 _ATTENTION = ({"keys": 32}, {"keys": 64}, {"slots": 2}, {"slots": 4})
 _NSA = ({"keys": 32}, {"slots": 2}, {"slots": 4}, {"row_tiles": 1, "keys": 64})
 _LONGFORMER = ({"keys": 32}, {"row_tiles": 1}, {"row_tiles": 1, "keys": 64})
@@ -132,8 +133,8 @@ def candidates(group: str, quick: bool = False) -> list[Candidate]:
     for problem in (QUICK if quick else GROUPS)[group]:
         found.append(Candidate(problem))
         if not quick:
-            kind, others = _others(group, problem)
-            found += [Candidate(problem, kind, fields) for fields in others]
+            for kind, others in _others(group, problem).items():
+                found += [Candidate(problem, kind, fields) for fields in others]
             found += _hopper(group, problem)
     return found
 
@@ -156,18 +157,22 @@ def _hopper(group: str, p: Problem) -> list[Candidate]:
     return []
 
 
-def _others(group: str, p: Problem) -> tuple[str, tuple[Mapping[str, int], ...]]:
-    if group == "gemm" and p.M in (16, 4096):
-        return "GemmConfig", _GEMM_FEW_ROWS if p.M == 16 else _GEMM
+def _others(group: str, p: Problem) -> dict[str, tuple[Mapping[str, int], ...]]:
+    """Class of a configuration -> its other fields."""
+    if group == "gemm" and p.M == 4096:
+        return {"GemmConfig": _GEMM}
+    if group == "gemm" and p.M == 16:
+        few = {"GemmConfig": _GEMM_FEW_ROWS} if p.N == 4096 else {}
+        return few | {"SplitConfig": _SPLIT}
     if group == "attention" and p.S1 == 8192:
-        return "AttentionConfig", _ATTENTION
+        return {"AttentionConfig": _ATTENTION}
     if group == "decode":
-        return "AttentionConfig", _DECODE
+        return {"AttentionConfig": _DECODE}
     if group == "nsa" and p.S == 16384:
-        return "AttentionConfig", _NSA
+        return {"AttentionConfig": _NSA}
     if group == "longformer" and p.S == 4096:
-        return "AttentionConfig", _LONGFORMER
-    return "", ()
+        return {"AttentionConfig": _LONGFORMER}
+    return {}
 
 
 def node(problem: Problem) -> Node:

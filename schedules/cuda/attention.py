@@ -36,6 +36,7 @@ from .attention_combine import combine
 from .attention_config import AttentionConfig, configure
 from .attention_packed import find_tile
 from .attention_place import Place, named
+from .guard import guard
 from .override import overridden
 
 if TYPE_CHECKING:
@@ -57,25 +58,39 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
             for name, tensor in (problem.tensors | problem.outputs).items()
         }
         B, S1, S2 = own_dimensions((problem.B, problem.S1, problem.S2), dims)
-        splits = _splits(problem, config, B, S2)
-        parts = _partial_results(problem, splits, B, S1)
-        with (
-            T.thread_binding(_grid(problem, config, B, S1, splits), "blockIdx.x") as block,
-            T.thread_binding(config.threads, "threadIdx.x") as thread,
-            T.sblock("attend"),
-        ):
-            T.reads()
-            T.writes()
-            emitter = Block(problem, config, arch, buffers | parts, thread)
-            if problem.layout == "TND":
-                place, live = _packed_tile(problem, config, buffers, (B, S1, S2), block, thread)
-                with T.If(live), T.Then():
-                    emitter.emit(place)
-            else:
-                emitter.emit(_batch_tile(problem, config, S1, S2, block, splits))
-        if parts:
-            combine(problem, buffers | parts, splits)
+        known = isinstance(problem.B, int) and isinstance(problem.S1, int)
+        with guard(B * S1 > 0, not known):  # an empty grid cannot be launched
+            _launch(problem, config, arch, buffers, (B, S1, S2))
     return builder.get()
+
+
+def _launch(
+    problem: AttentionProblem,
+    config: AttentionConfig,
+    arch: architectures.Arch,
+    buffers: dict[str, tir.Buffer],
+    sizes: tuple[Expr, Expr, Expr],
+) -> None:
+    """The kernel, and the one that puts divided keys together."""
+    B, S1, S2 = sizes
+    splits = _splits(problem, config, B, S2)
+    parts = _partial_results(problem, splits, B, S1)
+    with (
+        T.thread_binding(_grid(problem, config, B, S1, splits), "blockIdx.x") as block,
+        T.thread_binding(config.threads, "threadIdx.x") as thread,
+        T.sblock("attend"),
+    ):
+        T.reads()
+        T.writes()
+        emitter = Block(problem, config, arch, buffers | parts, thread)
+        if problem.layout == "TND":
+            place, live = _packed_tile(problem, config, buffers, sizes, block, thread)
+            with T.If(live), T.Then():
+                emitter.emit(place)
+        else:
+            emitter.emit(_batch_tile(problem, config, S1, S2, block, splits))
+    if parts:
+        combine(problem, buffers | parts, splits)
 
 
 def _splits(problem: AttentionProblem, config: AttentionConfig, B: Expr, S2: Expr) -> Expr | None:

@@ -80,8 +80,10 @@ def choose(problem: Problem, config: GemmConfig) -> SplitConfig:
 def _can_split(problem: Problem) -> bool:
     """Whether sizes are known, all rows are read, and b is one matrix of unpadded rows."""
     p = problem
-    known = isinstance(p.m, int) and isinstance(p.batch, int) and p.live_rows is None
-    return known and [int(size) for size in p.b.shape] == [1, p.n, p.k]
+    if not (isinstance(p.m, int) and isinstance(p.batch, int)) or p.live_rows is not None:
+        return False
+    stored = [int(size) if isinstance(size, tirx.IntImm) else None for size in p.b.shape]
+    return stored == [1, p.n, p.k]
 
 
 def emit(problem: Problem, config: GemmConfig, split: SplitConfig, arch: Arch) -> PrimFunc:

@@ -22,6 +22,7 @@ _SHAPES_AND_MEMORY = {
         "alloc_storage",
         "alloc_tensor",
         "check_tensor_info",
+        "make_prim_value",
         "make_shape",
         "make_tuple",
         "match_shape",
