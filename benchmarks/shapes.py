@@ -7,6 +7,7 @@ S1 S2 query and key length, D head size, G global tokens, W window.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -60,7 +61,7 @@ class Matmul:
     def work(self) -> dict[str, float]:
         if self.cold:
             return {"read": float(self.N * self.K)}
-        return {INSTRUCTION.get(self.target, "int8"): self.operations}
+        return {_instruction(self.target): self.operations}
 
     @property
     def copies(self) -> int:
@@ -74,6 +75,17 @@ INSTRUCTION = {
     "x86-avx2": "int16-256",
 }
 """Target -> limit that judges an int8 product there."""
+
+
+@functools.cache
+def _instruction(target: str) -> str:
+    """The limit of a target, of this host's instructions where that is the target."""
+    if target in INSTRUCTION:
+        return INSTRUCTION[target]
+    from opferry.driver.target import resolve
+    from opferry.schedules.intrin import x86
+
+    return "int8-amx" if x86.pick(resolve(target)) is x86.AMX else "int8"
 
 
 @dataclass(frozen=True)

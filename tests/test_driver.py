@@ -357,9 +357,11 @@ def test_required_features_grow_with_the_target():
         set(targets.required_features(targets.resolve(name)))
         for name in ("x86-64", "x86-avx2", "x86-avx512", "x86-avx512vnni", "x86-avx512bf16")
     ]
+    features.append(set(targets.required_features(targets.resolve("x86-amx"))))
     for smaller, larger in itertools.pairwise(features):
         assert smaller < larger
     assert "avx512vnni" in features[3] - features[2]
+    assert {"amx-tile", "amx-int8"} <= features[5] - features[4]
 
 
 def test_the_host_is_what_this_cpu_can_do():

@@ -19,6 +19,7 @@ from opferry.schedules.intrin import x86
 from opferry.schedules.llvm.gemm import CONFIGS
 
 TIERS = {
+    "x86-amx": x86.AMX,
     "x86-avx512vnni": x86.VNNI_512,
     "x86-avxvnni": x86.VNNI_256,
     "x86-avx512": x86.AVX512BW,
@@ -55,7 +56,7 @@ def assembly(executable):
     ("mcpu", "dot"),
     [
         ("znver5", x86.VNNI_512),
-        ("sapphirerapids", x86.VNNI_512),
+        ("sapphirerapids", x86.AMX),
         ("cascadelake", x86.VNNI_512),
         ("alderlake", x86.VNNI_256),
         ("skylake-avx512", x86.AVX512BW),
@@ -65,6 +66,15 @@ def assembly(executable):
 )
 def test_tier_of_a_cpu(mcpu, dot):
     assert x86.pick(Target({"kind": "llvm", "mcpu": mcpu})) is dot
+
+
+def test_tiles_by_attribute():
+    """What a hypervisor tells of a CPU need not fit LLVM's model of it."""
+    record = {"kind": "llvm", "mcpu": "rocketlake"}
+    assert x86.pick(Target(record)) is x86.VNNI_512
+    assert x86.pick(Target(record | {"mattr": ["+amx-tile", "+amx-int8"]})) is x86.AMX
+    elsewhere = {"kind": "llvm", "mcpu": "sapphirerapids", "mtriple": "x86_64-pc-windows-msvc"}
+    assert x86.pick(Target(elsewhere)) is x86.VNNI_512  # only Linux is known to lend them
 
 
 def test_other_architectures_take_the_portable_form():
@@ -93,7 +103,10 @@ def test_groups_do_not_saturate(target):
     assert np.array_equal(y[0], rows.astype(int) @ rows.astype(int).T)
 
 
-@pytest.mark.parametrize("target", [t for t in TIERS if t != "x86-64"])
+VECTOR_TIERS = [name for name, dot in TIERS.items() if dot.intrin]
+
+
+@pytest.mark.parametrize("target", VECTOR_TIERS)
 @pytest.mark.parametrize("m", [None, 96], ids=["symbolic", "static"])
 def test_inner_loop_keeps_its_tile_in_registers(target, m):
     """The loop over k holds one dot product for each accumulator and touches the stack for none."""
@@ -114,6 +127,53 @@ def test_inner_loop_keeps_its_tile_in_registers(target, m):
     assert not [line for line in loop if "mm" in line and "%rsp" in line]
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "loads", "products"),
+    [(96, 96, 4, 4), (16, 96, 3, 2), (96, 16, 3, 2), (1, 16, 2, 1)],
+    ids=["2x2", "1x2", "2x1", "1x1"],
+)
+def test_inner_loop_of_tiles(m, n, loads, products):
+    """Each tile of A and B is loaded once a step; sums stay in tiles."""
+    text = assembly(matmul(resolve("x86-amx"), n, 512, m))
+    blocks = re.split(r"\n(?=\.LBB\w+:)", text)
+    (loop,) = [block for block in blocks if "tdpbssd" in block]
+    assert loop.count("tileloadd") == loads
+    assert loop.count("tdpbssd") == products
+    assert "tilestored" not in loop[: loop.rindex("tdpbssd")]
+
+
+TILE_SIZES = [
+    (1, 1, [1, 2, 17]),
+    (33, 17, [1, 15, 16, 17, 33, 100]),
+    (100, 100, [*range(1, 18), 31, 32, 33, 48, 49, 511]),
+    (1000, 64, [1, 33]),
+    (64, 4097, [1, 17, 33]),
+    (96, 192, [*range(1, 18), 33, 100, 511]),
+]
+
+
+@pytest.mark.parametrize(("n", "k", "rows"), TILE_SIZES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_sizes_of_tiles(n, k, rows, batch):
+    """Symbolic M, and static M for the first and last of ``rows``; no tile is short of memory."""
+    rng = np.random.default_rng(n * k)
+    target = resolve(on("x86-amx"))
+    symbolic = relax.VirtualMachine(matmul(target, n, k, batch=batch), tvm.cpu())
+    for m in rows:
+        a, b = (rng.integers(-128, 128, (batch, r, k)).astype(np.int8) for r in (m, n))
+        expected = a.astype(np.int64) @ b.astype(np.int64).swapaxes(1, 2)
+        assert np.array_equal(symbolic["main"](tensor(a), tensor(b)).numpy(), expected), m
+        if m in (rows[0], rows[-1]):
+            static = relax.VirtualMachine(matmul(target, n, k, m, batch), tvm.cpu())
+            assert np.array_equal(static["main"](tensor(a), tensor(b)).numpy(), expected), m
+
+
+def test_no_rows():
+    vm = relax.VirtualMachine(matmul(resolve(on("x86-amx")), 40, 100), tvm.cpu())
+    empty = tensor(np.zeros((1, 0, 100), np.int8))
+    assert vm["main"](empty, tensor(np.ones((1, 40, 100), np.int8))).numpy().shape == (1, 0, 40)
+
+
 @pytest.mark.parametrize("dot", CONFIGS, ids=lambda dot: dot.intrin or "portable")
 def test_register_tile_fits(dot):
     config = CONFIGS[dot]
@@ -121,7 +181,7 @@ def test_register_tile_fits(dot):
         assert config.rows * config.vectors + config.vectors + 1 <= dot.registers
 
 
-@pytest.mark.parametrize("target", ["x86-64", "x86-avx2", "x86-avx512vnni"])
+@pytest.mark.parametrize("target", ["x86-64", "x86-avx2", "x86-avx512vnni", "x86-amx"])
 def test_packing_now_or_at_run_time_gives_the_same_bytes(target):
     rng = np.random.default_rng(0)
     resolved = resolve(on(target))

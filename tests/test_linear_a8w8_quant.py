@@ -110,7 +110,8 @@ def test_combinations(index):
     rng = np.random.default_rng(index)
     feeds, attrs = problem(rng, 5, 17, 33, *COMBINATIONS[index])
     stored = [name for name in feeds if name != "x1"] if index % 2 else []
-    target = ["x86-64", "x86-avx2", "x86-avxvnni", "x86-avx512vnni"][index // 2 % 4]
+    targets = ["x86-64", "x86-avx2", "x86-avxvnni", "x86-avx512vnni", "x86-amx"]
+    target = targets[index // 2 % len(targets)]
     check(feeds, attrs, stored, target=target if available(target) else "llvm")
 
 
@@ -201,6 +202,9 @@ ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 100]
 @pytest.mark.parametrize(
     ("n", "k", "target"),
     [
+        (1, 1, "x86-amx"),
+        (100, 130, "x86-amx"),
+        (96, 64, "x86-amx"),
         (1, 1, "x86-avx512vnni"),
         (33, 17, "x86-avx512vnni"),
         (100, 130, "x86-avx512vnni"),

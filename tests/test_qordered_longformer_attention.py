@@ -281,7 +281,9 @@ def test_large_scores_do_not_overflow():
     agree(built, {**data(9, 2, 12, 32, [1]), **scales})
 
 
-@pytest.mark.parametrize("target", ["x86-64", "x86-avx2", "x86-avx512", "x86-avx512vnni"])
+@pytest.mark.parametrize(
+    "target", ["x86-64", "x86-avx2", "x86-avx512", "x86-avx512vnni", "x86-amx"]
+)
 def test_instruction_tiers(target):
     built = build(2, 24, 5, target=on(target))
     agree(built, data(10, 2, 40, 48, [2, 0]))

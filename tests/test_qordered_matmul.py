@@ -206,7 +206,7 @@ def test_tiled_combinations(a, b, c, per_column, attrs, constant):
     judge(compiled(feeds, attrs, stored, symbolic), feeds, attrs)
 
 
-@pytest.mark.parametrize("target", ["x86-64", "x86-avx2", "x86-avxvnni", "x86-avx512"])
+@pytest.mark.parametrize("target", ["x86-64", "x86-avx2", "x86-avxvnni", "x86-avx512", "x86-amx"])
 def test_tiled_on_every_tier(target):
     feeds = problem(np.random.default_rng(0), (2, 9, 32), (), 64, c=(2,))
     judge(compiled(feeds, TILED_2R_4R4, ["B"], None, on(target)), feeds, TILED_2R_4R4)
@@ -215,6 +215,8 @@ def test_tiled_on_every_tier(target):
 @pytest.mark.parametrize(
     ("n", "k", "target"),
     [
+        (33, 17, "x86-amx"),
+        (100, 128, "x86-amx"),
         (1, 1, "x86-avx512vnni"),
         (33, 3, "x86-avx512vnni"),
         (100, 130, "x86-avx512vnni"),

@@ -23,11 +23,10 @@ the same values. With fewer than 16 rows in all, tiles are that low. B has the p
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tvm import DataType, tirx
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
@@ -51,8 +50,10 @@ class AmxConfig:
 
     block_bytes: int = 1 << 20
     """Of A, that the panels of B meet in turn: it has its place in the second-level cache."""
-    tasks: int = 64
-    """That a product is divided into before row tiles form blocks: enough for many cores."""
+    tasks: int = 256
+    """At most: enough for many cores."""
+    task_steps: int = 256
+    """At least, of a task: configuring the tiles and the last epilogue are to be little of it."""
 
 
 CONFIG = AmxConfig()
@@ -78,8 +79,7 @@ def build(problem: Problem, _: Target) -> PrimFunc:
         with T.sblock("root"):
             T.reads([])
             T.writes([])
-            with T.attr(0, amx.IMPORT, amx.SOURCE):
-                _Kernel(problem, CONFIG, buffers).emit()
+            _Kernel(problem, CONFIG, buffers).emit()
     return builder.get()
 
 
@@ -87,54 +87,64 @@ class _Kernel:
     """Emits the statements; one object for each."""
 
     def __init__(self, problem: Problem, config: AmxConfig, buffers: list):
-        self.p, self.c = problem, config
+        p = self.p = problem
+        self.c = config
         self.a, self.b, *self.operands, self.y = buffers
-        _, self.panels, groups, self.cols, _ = map(_known, problem.b.shape)
+        _, self.panels, groups, self.cols, _ = map(_known, p.b.shape)
         self.steps = groups * amx.GROUP // amx.DEPTH
         self.across = self.cols // amx.LANES
-        self.m = _int64(problem.m)
+        self.m = _int64(p.m)
+        self.a_entry: Callable[..., Expr] = lambda z, row, k: p.a_entry(self.a, z, row, k)
         self.rows_a_step = -(-2 * amx.ROWS // self.steps)
 
     def emit(self) -> None:
         p, c = self.p, self.c
-        with T.Assert(
-            amx.permitted(),
-            "int8 matmul: the operating system does not permit AMX (matrix tiles) to this process, "
-            "allowed: another system, or a library compiled for a target without AMX",
-            "RuntimeError",
-        ):
-            T.evaluate(0)
+        self._ask()
         if p.a_run != p.k or p.k % amx.DEPTH:
             self._pack()
         tiles = _bound(tirx.truncdiv(self.m + (2 * amx.ROWS - 1), _int64(2 * amx.ROWS)))
-        batch = _int64(p.batch)
         in_cache = max(1, c.block_bytes // (2 * amx.ROWS * self.steps * amx.DEPTH))
-        shared = tirx.truncdiv(tiles * self.panels * batch, _int64(c.tasks))
-        block = _bound(tirx.max(tirx.min(shared, _int64(in_cache)), _int64(1)))
-        blocks = _bound(tirx.truncdiv(tiles + block - 1, block))
+        block = _bound(tirx.max(tirx.min(tiles, _int64(in_cache)), _int64(1)))
+        per_matrix = _bound(tiles * self.panels)
+        total = _bound(per_matrix * p.batch)
         self.height = _bound(tirx.min(self.m, _int64(amx.ROWS)))
-        per_matrix = _bound(blocks * self.panels)
-        tasks = batch * per_matrix
-        alone = _known(tasks) == 1  # TVM removes a loop over one value
-        with nullcontext() if alone else T.attr(0, "pragma_parallel_launch_point", 1):
+        tasks = _bound(self._tasks(total))
+        with T.parallel(tasks) as task:
             self._allocate()
-            T.evaluate(amx.configure(tirx.max(self.height, _int64(1))))
-            with T.serial(tasks) if alone else T.parallel(tasks) as task:
-                z, rest = _divided(task, per_matrix)
-                which, panel = _divided(rest, _int64(self.panels))
-                first = T.Bind(which * block)
-                with T.serial(tirx.min(block, tiles - first)) as tile:
-                    self._tile(z, panel, (first + tile) * (2 * amx.ROWS))
+            T.evaluate(amx.configure(self.height))
+            start, end = (T.Bind(tirx.truncdiv(total * i, tasks)) for i in (task, task + 1))
+            with T.serial(end - start) as turn:
+                z, rest = _divided(start + turn, per_matrix)
+                first = T.Bind(tirx.truncdiv(rest, block * self.panels) * block)
+                inside = rest - first * self.panels
+                panel, tile = _divided(inside, tirx.min(tiles - first, block))
+                self._tile(z, panel, T.Bind((first + tile) * (2 * amx.ROWS)))
             with T.serial(self.pending[_ROWS]) as row:
                 self._finish_row(row)
             T.evaluate(amx.release())
 
+    def _tasks(self, total: Expr) -> Expr:
+        """Into how many the output's tiles are divided: a power of two, as cores are, or none."""
+        tasks = tirx.min(total, _int64(1))
+        for i in range(1, self.c.tasks.bit_length()):
+            enough = total * self.steps >= self.c.task_steps << i
+            tasks = tirx.Select(tirx.all(enough, total >= 1 << i), _int64(1 << i), tasks)
+        return tasks
+
+    def _ask(self) -> None:
+        text = (
+            "int8 matmul: the operating system does not permit AMX (matrix tiles) to this process, "
+            "allowed: another system, or a library compiled for a target without AMX"
+        )
+        with T.attr(0, amx.IMPORT, amx.SOURCE), T.Assert(amx.permitted(), text, "RuntimeError"):
+            T.evaluate(0)
+
     def _pack(self) -> None:
         """``a`` becomes rows of whole steps."""
         p, source = self.p, self.a
-        batch = _int64(source.shape[0]) if p.a_run == 1 or len(source.shape) > 2 else _int64(1)
+        batch = _int64(source.shape[0])
         width = self.steps * amx.DEPTH
-        packed = T.alloc_buffer((batch, self.m, _int64(width)), "int8")
+        packed = T.alloc_buffer((batch * self.m * width,), "int8")
         with T.parallel(batch * self.m) as index:
             z, row = _divided(index, self.m)
             with T.serial(width // _CHUNK) as chunk, T.vectorized(_CHUNK) as lane:
@@ -142,8 +152,8 @@ class _Kernel:
                 value = p.a_entry(source, z, row, k)
                 if width != p.k:
                     value = tirx.if_then_else(k < p.k, value, tirx.const(0, "int8"))
-                T.buffer_store(packed, value, [z, row, k])
-        self.a = packed
+                T.buffer_store(packed, value, [index * width + k])
+        self.a_entry = lambda z, row, k: packed[(z * self.m + row) * width + k]
 
     def _allocate(self) -> None:
         """What a thread keeps: two scratches of sums, and which of them has no output yet."""
@@ -180,7 +190,7 @@ class _Kernel:
                 address = T.address_of(self.b[zb, panel, group, column, 0])
                 T.evaluate(amx.load(_b(j), address, self.cols * amx.GROUP))
             for i in range(down):
-                address = T.address_of(self.a[za, starts[i], step * amx.DEPTH])
+                address = T.address_of(self.a_entry(za, starts[i], step * amx.DEPTH))
                 T.evaluate(amx.load(_a(i), address, pitch))
                 for j in range(self.across):
                     T.evaluate(amx.multiply(_sum(i, j), _a(i), _b(j)))
@@ -228,9 +238,7 @@ class _Kernel:
 
         self._each_column(store)
 
-    def _store_columns(
-        self, z: Expr, m: Expr, panel: Expr, place: list[Expr], count: int
-    ) -> None:
+    def _store_columns(self, z: Expr, m: Expr, panel: Expr, place: list[Expr], count: int) -> None:
         """The last panel, of which ``count`` columns are the output's."""
         held = T.alloc_buffer((self.cols,), str(self.y.dtype), scope="local")
 
