@@ -6,7 +6,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .shapes import INSTRUCTION, Attention, Encoder, Longformer, Matmul, Nsa, Problem
+from .shapes import (
+    INSTRUCTION,
+    Attention,
+    Encoder,
+    Longformer,
+    Matmul,
+    Nsa,
+    Problem,
+    bf16_instruction,
+)
 
 
 @dataclass(frozen=True)
@@ -128,8 +137,9 @@ def _attention() -> Iterable[Case]:
         bf16_causal = replace(bf16, mask="causal")
         of_full = 0.80 if S >= 512 else 0.65
         of_causal = 0.70 if S >= 2048 else 0.50 if S == 512 else None
-        of_bf16 = 0.62 if S >= 2048 else 0.55 if S == 512 else None
-        of_bf16_causal = 0.50 if S >= 512 else None
+        tiles = bf16_instruction() != "bf16"
+        of_bf16 = None if tiles else 0.62 if S >= 2048 else 0.55 if S == 512 else None
+        of_bf16_causal = 0.50 if S >= 512 and not tiles else None
         as_fp32 = (Relative(full, 1.0),)
         yield _against(full, of_full, 1.05, quick=quick)
         yield _against(causal, of_causal, 1.5, quick=quick)

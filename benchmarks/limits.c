@@ -88,29 +88,33 @@ ARITHMETIC(bf16, EVEX, 64, CLEAR512, FUSED512("vdpbf16ps"))
 /* Tiles of 16 rows of 64 bytes: four of sums, as two tiles of A by two of B have, in turn. A product
  * takes 16 cycles and is ready after 52. Linux wants to be asked for the tiles, once a process. */
 #define TILE_SUMS "0,1,2,3"
-#define TILE_OPERATIONS (2.0 * 16 * 16 * 64)
-static double int8_amx(const char *arena, size_t bytes, long rounds) {
-  (void)arena, (void)bytes;
-  const long request_permission = 0x1023, tile_data = 18;
-  if (syscall(SYS_arch_prctl, request_permission, tile_data)) return -1;
-  struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  } config = {.palette = 1};
-  for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = 16;
-  long left = rounds;
-  __asm__ volatile("ldtilecfg %[config]\n\t"
-                   ".irp i," TILE_SUMS ",4,5\n\ttilezero %%tmm\\i\n\t.endr\n\t"
-                   ".p2align 6\n"
-                   "1:\n\t.rept %c[unroll]\n\t.irp i," TILE_SUMS "\n\t"
-                   "tdpbssd %%tmm5,%%tmm4,%%tmm\\i\n\t.endr\n\t.endr\n\tdec %[left]\n\tjnz 1b\n\t"
-                   "tilerelease"
-                   : [left] "+r"(left)
-                   : [config] "m"(config), [unroll] "i"(UNROLL)
-                   : "cc");
-  return (double)rounds * UNROLL * 4 * TILE_OPERATIONS;
-}
+#define TILES(name, instruction, row)                                                              \
+  static double name(const char *arena, size_t bytes, long rounds) {                               \
+    (void)arena, (void)bytes;                                                                      \
+    const long request_permission = 0x1023, tile_data = 18;                                        \
+    if (syscall(SYS_arch_prctl, request_permission, tile_data)) return -1;                         \
+    struct {                                                                                       \
+      uint8_t palette, start, reserved[14];                                                        \
+      uint16_t row_bytes[16];                                                                      \
+      uint8_t rows[16];                                                                            \
+    } config = {.palette = 1};                                                                     \
+    for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = 16;      \
+    long left = rounds;                                                                            \
+    __asm__ volatile("ldtilecfg %[config]\n\t"                                                     \
+                     ".irp i," TILE_SUMS ",4,5\n\ttilezero %%tmm\\i\n\t.endr\n\t"                   \
+                     ".p2align 6\n"                                                                \
+                     "1:\n\t.rept %c[unroll]\n\t.irp i," TILE_SUMS "\n\t" instruction             \
+                     " %%tmm5,%%tmm4,%%tmm\\i\n\t.endr\n\t.endr\n\tdec %[left]\n\tjnz 1b\n\t"         \
+                     "tilerelease"                                                                 \
+                     : [left] "+r"(left)                                                           \
+                     : [config] "m"(config), [unroll] "i"(UNROLL)                                  \
+                     : "cc");                                                                      \
+    return (double)rounds * UNROLL * 4 * (2.0 * 16 * 16 * (row));                                  \
+  }
+TILES(int8_amx, "tdpbssd", 64)
+#if defined(__AMX_BF16__)
+TILES(bf16_amx, "tdpbf16ps", 32)
+#endif
 #endif
 
 #if defined(__AVX512F__)
@@ -158,6 +162,9 @@ static const struct {
 #endif
 #if defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__linux__)
     {"int8-amx", int8_amx, 0},
+#if defined(__AMX_BF16__)
+    {"bf16-amx", bf16_amx, 0},
+#endif
 #endif
 #if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
     {"int8-256", int8_256, 0},

@@ -2,9 +2,9 @@
 
 A limit is a rate: operations a second of one instruction out of registers ("int8" is vpdpbusd on
 512 bits, "int8-256" on 256, "int8-amx" is tdpbssd on matrix tiles, "int16-512" and "int16-256" are
-what CPUs without these have, "fp32" is a fused multiply-add, "bf16" is vdpbf16ps), or bytes a
-second that vector loads bring from memory ("read"). The kernels are in limits.c and are compiled
-for this machine at the first use.
+what CPUs without these have, "fp32" is a fused multiply-add, "bf16" is vdpbf16ps, "bf16-amx" is
+tdpbf16ps on matrix tiles), or bytes a second that vector loads bring from memory ("read"). The
+kernels are in limits.c and are compiled for this machine at the first use.
 """
 
 from __future__ import annotations

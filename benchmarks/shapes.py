@@ -88,6 +88,21 @@ def _instruction(target: str) -> str:
     return "int8-amx" if x86.pick(resolve(target)) is x86.AMX else "int8"
 
 
+SOFTMAX_OPERATIONS = 22.0
+"""Of a pair of a query and a key, in float32: eleven vector instructions, each the time of a
+multiply-add. Products on matrix tiles leave them a part of the limit.
+"""
+
+
+@functools.cache
+def bf16_instruction() -> str:
+    """The limit of bfloat16 products on this host."""
+    from opferry.driver.target import host
+    from opferry.schedules.intrin import x86_amx
+
+    return "bf16-amx" if x86_amx.available_bf16(host()) else "bf16"
+
+
 @dataclass(frozen=True)
 class Attention:
     """O[B, N1, S1, D] = softmax(Q K^T / sqrt(D), masked) V."""
@@ -147,7 +162,12 @@ class Attention:
     def work(self) -> dict[str, float]:
         if self.S1 == 1:  # every key and value is used once: memory decides
             return {"read": self.cache_bytes}
-        return {"bf16" if self.dtype == "bf16" else "fp32": self.operations}
+        if self.dtype != "bf16":
+            return {"fp32": self.operations}
+        if bf16_instruction() == "bf16":
+            return {"bf16": self.operations}
+        softmax = self.B * self.N1 * self.cells * SOFTMAX_OPERATIONS
+        return {"bf16-amx": self.operations, "fp32": softmax}
 
     @property
     def cache_bytes(self) -> float:
