@@ -565,13 +565,19 @@ def config(feeds, arch="sm_80", **attrs):
 
 @functools.lru_cache(maxsize=64)
 def source(arch, dtype, D, kind="full"):
-    """CUDA C++ of a kernel. Kinds: full, causal, decode."""
+    """CUDA C++ of a kernel. Kinds: full, causal, decode, all (mask, bias, dropout)."""
     S1, S2, N2 = (1, 4096, 2) if kind == "decode" else (1024, 1024, 8)
     feeds = inputs(1, 8, N2, S1, S2, D, np.dtype(dtype))
     attrs = node(N1=8)
     if kind == "causal":
         feeds["atten_mask"] = CAUSAL
         attrs["sparse_mode"] = 3
+    if kind == "all":
+        feeds |= {
+            "atten_mask": some((S1, S2)) < 0.5,
+            "pse": normal((1, 8, S1, S2), feeds["key"].dtype),
+        }
+        attrs |= {"sparse_mode": 1, "keep_prob": 0.5}
     func = kernel(feeds, arch, **attrs).with_attr("global_symbol", "attention")
     built = tvm.compile(tvm.IRModule({"attention": func}), targets.resolve(f"cuda-{arch}"))
     return built.mod.imports[0].inspect_source()
@@ -642,6 +648,16 @@ def test_float32_is_not_rounded_to_narrower_products(arch):
 )
 @pytest.mark.parametrize("arch", architectures.ARCHS)
 def test_registers_and_spills(arch, dtype, D, kind, tmp_path):
+    assert_fits(arch, dtype, D, kind, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("D", [64, 128])
+def test_registers_and_spills_of_warpgroups_with_everything(D, tmp_path):
+    assert_fits("sm_90a", "float16", D, "all", tmp_path)
+
+
+def assert_fits(arch, dtype, D, kind, tmp_path):
     (tmp_path / "kernel.cu").write_text(source(arch, dtype, D, kind))
     command = ["nvcc", "-cubin", "-arch", arch, "-Xptxas", "-v", "-o", tmp_path / "kernel.cubin"]
     done = subprocess.run(
