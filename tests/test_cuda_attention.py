@@ -572,8 +572,8 @@ def config(feeds, arch="sm_80", **attrs):
 
 @functools.lru_cache(maxsize=64)
 def func(arch, dtype, D, kind="full"):
-    """The kernel of a kind: full, causal, mask, bias, decode, packed (TND, causal), and with
-    dropout.
+    """The kernel of a kind: full, causal, mask, bias, decode, packed (TND, causal), all (mask and
+    bias), and with dropout.
     """
     kind, *drops = kind.split("+")
     S1, S2, N2 = (1, 4096, 2) if kind == "decode" else (1024, 1024, 8)
@@ -585,10 +585,10 @@ def func(arch, dtype, D, kind="full"):
     if kind in ("causal", "packed"):
         feeds["atten_mask"] = CAUSAL
         attrs["sparse_mode"] = 3
-    if kind == "mask":
+    if kind in ("mask", "all"):
         feeds["atten_mask"] = np.zeros((1, 1, S1, S2), bool)
         attrs["sparse_mode"] = 1
-    if kind == "bias":
+    if kind in ("bias", "all"):
         feeds["pse"] = np.zeros((1, 8, S1, S2), np.dtype(dtype))
     if drops:
         attrs["keep_prob"] = 0.9
@@ -692,6 +692,16 @@ UNUSUAL = [
 @pytest.mark.parametrize(("dtype", "D", "kind"), USUAL)
 @pytest.mark.parametrize("arch", architectures.ARCHS)
 def test_registers_and_spills(arch, dtype, D, kind, tmp_path):
+    assert_fits(arch, dtype, D, kind, tmp_path)
+
+
+@cuda_code.needs_nvcc
+@pytest.mark.parametrize("D", [64, 128])
+def test_registers_and_spills_of_warpgroups_with_everything(D, tmp_path):
+    assert_fits("sm_90a", "float16", D, "all+dropout", tmp_path)
+
+
+def assert_fits(arch, dtype, D, kind, tmp_path):
     two_blocks = architectures.ARCHS[arch].registers_per_sm // 2
     for found in cuda_code.resources(source(arch, dtype, D, kind), arch, tmp_path):
         assert not found.spilled

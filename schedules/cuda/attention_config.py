@@ -23,9 +23,9 @@ _SPLIT_KEYS = 256
 """Each block of a divided sequence has at least so many keys."""
 _HELD_QUERIES = 128
 """The most columns of queries, of all row tiles, that a warp keeps in registers."""
-_WARPGROUP_KEYS = {64: 64, 128: 48}
-"""D -> keys of a tile of a warpgroup that holds 128 rows, such that its registers hold scores,
-weights and output.
+_WARPGROUP_KEYS = {(64, False): 64, (64, True): 64, (128, False): 48, (128, True): 32}
+"""D, whether dropout draws -> keys of a tile of a warpgroup with 128 rows, such that its registers
+hold scores, weights, output and what else a mode needs.
 """
 _WARPGROUP_SLOTS = 8
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -166,15 +166,15 @@ def _warpgroups(problem: AttentionProblem, arch: Arch) -> AttentionConfig | None
     better, or nobody knows how.
     """
     heads, rows = _rows(problem)
-    kept = problem.dtype in ("float16", "bfloat16") and problem.D in _WARPGROUP_KEYS
-    if not arch.wgmma or not kept or rows <= 64:
+    keys = _WARPGROUP_KEYS.get((problem.D, problem.keep_prob < 1))
+    if not arch.wgmma or problem.dtype == "float32" or keys is None or rows <= 64:
         return None
     steps = problem.D // 64
     return AttentionConfig(
         tensor_cores=True,
         warps=4,
         row_tiles=2,
-        keys=_WARPGROUP_KEYS[problem.D],
+        keys=keys,
         depth=64,
         steps=steps,
         value_steps=steps if "attention_out" in problem.outputs else 0,
