@@ -1,7 +1,10 @@
 """The int8 dot products of x86 and the matmul built on them: meaning, instruction, registers."""
 
+import ctypes
 import itertools
+import os
 import re
+import struct
 
 import numpy as np
 import pytest
@@ -174,6 +177,37 @@ def test_no_rows():
     vm = relax.VirtualMachine(matmul(resolve(on("x86-amx")), 40, 100), tvm.cpu())
     empty = tensor(np.zeros((1, 0, 100), np.int8))
     assert vm["main"](empty, tensor(np.ones((1, 40, 100), np.int8))).numpy().shape == (1, 0, 40)
+
+
+def refuse_arch_prctl():
+    """Have Linux refuse this system call to the process from now on, as a sandbox may."""
+    number, refused, allowed = 158, 0x00050001, 0x7FFF0000  # EPERM
+    steps = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, refused), (0x06, 0, 0, allowed)]
+    code = b"".join(struct.pack("HBBI", *step) for step in steps)
+    code = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code))
+    no_new_privileges, set_filter = (38, 1, 0, 0, 0), (22, 2, program, 0, 0)
+    for arguments in (no_new_privileges, set_filter):
+        assert ctypes.CDLL(None).prctl(*arguments) == 0
+
+
+def test_a_system_that_refuses_tiles_is_named():
+    """In a child process, before any thread of the kernel starts."""
+    vm = relax.VirtualMachine(matmul(resolve(on("x86-amx")), 16, 64, 16), tvm.cpu())
+    a = tensor(np.ones((1, 16, 64), np.int8))
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        try:
+            refuse_arch_prctl()
+            vm["main"](a, a)
+            message = "no error"
+        except BaseException as error:
+            message = f"{type(error).__name__}: {error}"
+        os.write(writer, message.encode())
+        os._exit(0)
+    os.wait()
+    message = os.read(reader, 4096).decode()
+    assert "the operating system does not permit AMX" in message
 
 
 @pytest.mark.parametrize("dot", CONFIGS, ids=lambda dot: dot.intrin or "portable")

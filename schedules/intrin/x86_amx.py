@@ -3,7 +3,7 @@ whole tiles.
 
 A thread sets the shape of its tiles with `configure` and gives them up with `release`. Linux lends
 them to a process that asks: ``permitted`` does so, once. Both sit in functions given as LLVM text
-(`SOURCE`): a kernel that uses them has ``T.attr(0, IMPORT, SOURCE)`` around its body.
+(`SOURCE`): a kernel that uses them begins with a statement under ``T.attr(0, IMPORT, SOURCE)``.
 """
 
 from __future__ import annotations
