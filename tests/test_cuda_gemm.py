@@ -24,6 +24,7 @@ from opferry.reference.compare import compare
 from opferry.relay_ops import int8_matmul as products
 from opferry.relay_ops import quant
 from opferry.relay_ops.orders import Order
+from opferry.runtime.errors import UnsupportedError
 from opferry.schedules.cuda import gemm, gemm_config
 from opferry.schedules.cuda.arch import ARCHS, THREAD_REGISTERS
 from opferry.schedules.cuda.gemm_config import GemmConfig, configure
@@ -487,6 +488,14 @@ def test_instructions(arch, m):
     assert "ldmatrix.sync.aligned.m8n8.x4.shared.b16" in text
     assert ("cp.async.cg.shared.global" in text) != old
     assert ("ld.global.v4.b32" in text) == old
+
+
+@pytest.mark.parametrize(
+    "fields", [{"warps_n": 2}, {"warps_m": 4}, {"block_k": 64}, {"stages": 2}], ids=str
+)
+def test_tiles_that_warpgroups_refuse(fields):
+    with pytest.raises(UnsupportedError, match="allowed for warpgroups 16 rows and all columns"):
+        replace(WARPGROUPS[0], **fields)
 
 
 @WEIGHTS

@@ -12,9 +12,9 @@ A warp holds whole query rows, so the softmax stays within four lanes, and the a
 first product are the left operand of the second without leaving the registers. Keys and values
 pass through one ring of shared memory tiles, in parts of D when D is large. float16 and bfloat16
 multiply on tensor cores, float32 (and bfloat16 where they have none) on the ordinary units;
-nothing is rounded below float32 there. On sm_90a, four warps together multiply 64 rows straight from
-shared memory (``wgmma``) where D is 64 or 128; two blocks share a multiprocessor, and one computes
-weights while the other one multiplies.
+nothing is rounded below float32 there. On sm_90a, four warps together multiply 64 rows straight
+from shared memory (``wgmma``) where D is 64 or 128; two blocks share a multiprocessor, and one
+computes weights while the other one multiplies.
 
 Few query rows: the query heads that share keys become rows of one tile, and the keys are divided
 among blocks, whose results a second kernel combines in fixed order.
