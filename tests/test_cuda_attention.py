@@ -3,6 +3,7 @@ against the NumPy reference, the instructions it consists of, the registers it t
 skips.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -446,6 +447,15 @@ def test_what_warpgroups_leave_to_others(S1, D, dtype):
     feeds = inputs(1, 1, 1, S1, 40, D, dtype)
     assert not config(feeds, "sm_90a", **node(N1=1)).wgmma
     check(feeds, "sm_90a", **node(N1=1))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"depth": 128}, {"warps": 2}, {"keys": 40}, {"slots": 2}], ids=str
+)
+def test_tiles_that_warpgroups_refuse(fields):
+    found = config(inputs(1, 1, 1, 70, 40, 64), "sm_90a", **node(N1=1))
+    with pytest.raises(OpferryError, match="allowed for warpgroups depth 64"):
+        dataclasses.replace(found, **fields)
 
 
 STEPS = {

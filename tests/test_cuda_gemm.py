@@ -22,6 +22,7 @@ from opferry.reference.compare import compare
 from opferry.relay_ops import int8_matmul as products
 from opferry.relay_ops import quant
 from opferry.relay_ops.orders import Order
+from opferry.runtime.errors import UnsupportedError
 from opferry.schedules.cuda import gemm, gemm_config, gemm_split
 from opferry.schedules.cuda.arch import ARCHS, THREAD_REGISTERS
 from opferry.schedules.cuda.gemm_config import GemmConfig, configure
@@ -572,6 +573,14 @@ def test_transposed_rows_are_not_loaded_byte_by_byte(arch):
     text = cuda_code.source(func(arch, 2048, 2048, "transposed"), arch)
     assert "prmt.b32" in text
     assert "ld.global.b32" in text
+
+
+@pytest.mark.parametrize(
+    "fields", [{"warps_n": 2}, {"warps_m": 4}, {"block_k": 64}, {"stages": 2}], ids=str
+)
+def test_tiles_that_warpgroups_refuse(fields):
+    with pytest.raises(UnsupportedError, match="allowed for warpgroups 16 rows and all columns"):
+        replace(WARPGROUPS[0], **fields)
 
 
 @WEIGHTS

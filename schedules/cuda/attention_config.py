@@ -64,6 +64,13 @@ class AttentionConfig:
     wgmma: bool = False
     """Warpgroups multiply from shared memory, in which rows are 64 elements wide."""
 
+    def __post_init__(self) -> None:
+        fits = self.depth == 64 and self.warps % 4 == 0 and self.keys % 16 == 0 and self.slots >= 3
+        if self.wgmma and not fits:
+            raise UnsupportedError(
+                f"{self}: allowed for warpgroups depth 64, warps by 4, keys by 16, 3 slots or more"
+            )
+
     @property
     def threads(self) -> int:
         return self.warps * WARP

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING
 
+from ...runtime.errors import UnsupportedError
+from ..intrin import hopper
 from ..intrin.cuda import CHUNK_BYTES as CHUNK
-from ..intrin.hopper import BARRIER_BYTES
 from .arch import WARP, Arch
 
 if TYPE_CHECKING:
@@ -27,6 +28,15 @@ class GemmConfig:
     stages: int = 4
     wgmma: bool = False
     """Whether warpgroups multiply from shared memory; they stand below one another."""
+
+    def __post_init__(self) -> None:
+        fits = (self.warps_n, self.warps_k, self.block_k) == (1, 1, hopper.ROW_BYTES)
+        fits = fits and self.warps_m % 4 == 0 and self.warp_m == 16 and self.stages >= 3
+        if self.wgmma and not fits:
+            raise UnsupportedError(
+                f"{self}: allowed for warpgroups 16 rows and all columns a warp, "
+                f"block_k {hopper.ROW_BYTES}, 3 stages or more"
+            )
 
     @property
     def threads(self) -> int:
@@ -50,7 +60,7 @@ class GemmConfig:
             after = self.warps_k * self.block_m * self.block_n * 4
         else:
             after = self.warps_m * self.warps_n * 16 * (self.warp_n * item + CHUNK)
-        return max(self.barriers_at + self.stages * BARRIER_BYTES * self.wgmma, after)
+        return max(self.barriers_at + self.stages * hopper.BARRIER_BYTES * self.wgmma, after)
 
     @property
     def barriers_at(self) -> int:

@@ -52,6 +52,8 @@ class AmxConfig:
     """Of panels of B, that the row tiles meet in turn: in the second-level cache."""
     tasks: int = 256
     """At most: enough for many cores."""
+    rows_unrolled: int = 3
+    """Rows of the epilogue in a step of 64 k, up to which they are straight code."""
     task_steps: int = 256
     """At least, of a task: configuring the tiles and the last epilogue are to be little of it."""
 
@@ -193,10 +195,7 @@ class _Kernel:
                 T.evaluate(amx.load(_a(i), address, pitch))
                 for j in range(self.across):
                     T.evaluate(amx.multiply(_sum(i, j), _a(i), _b(j)))
-            for part in range(self.rows_a_step):
-                row = T.Bind(_int64(step * self.rows_a_step + part))
-                with T.If(row < self.pending[_ROWS]), T.Then():
-                    self._finish_row(row)
+            self._finish_rows(step)
         for i, j in grid:
             address = T.address_of(self.sums[slot, i * amx.ROWS, j * amx.LANES])
             T.evaluate(amx.store(_sum(i, j), address, self.cols * 4))
@@ -205,6 +204,21 @@ class _Kernel:
             T.buffer_store(self.pending, _int64(value), [field])
 
     # Epilogue.
+
+    def _finish_rows(self, step: Expr) -> None:
+        """The share of a step of 64 k; straight code where it is small."""
+
+        def finish(part: Expr | int) -> None:
+            row = T.Bind(_int64(step * self.rows_a_step + part))
+            with T.If(row < self.pending[_ROWS]), T.Then():
+                self._finish_row(row)
+
+        if self.rows_a_step <= self.c.rows_unrolled:
+            for part in range(self.rows_a_step):
+                finish(part)
+            return
+        with T.serial(self.rows_a_step) as part:
+            finish(part)
 
     def _finish_row(self, row: Expr) -> None:
         """Row ``row`` of the pending scratch to the output. Rows beyond the height of a low tile
