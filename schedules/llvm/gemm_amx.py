@@ -36,6 +36,7 @@ from tvm.tirx.script.builder import ir as T
 from ..intrin import x86
 from ..intrin import x86_amx as amx
 from ..tile import Tile
+from .attention_task import opaque
 
 if TYPE_CHECKING:
     from ...relay_ops.int8_matmul import Problem
@@ -109,17 +110,21 @@ class _Kernel:
         per_matrix = _bound(tiles * self.panels)
         total = _bound(per_matrix * p.batch)
         self.height = _bound(tirx.min(self.m, _int64(amx.ROWS)))
-        tasks = _bound(self._tasks(total))
+        (tasks,) = opaque("int64", [self._tasks(total)])
+        tasks = _bound(tasks)
         with T.parallel(tasks) as task:
             self._allocate()
             T.evaluate(amx.configure(self.height))
-            start, end = (T.Bind(tirx.truncdiv(total * i, tasks)) for i in (task, task + 1))
+            start, end = opaque(
+                "int64", [tirx.truncdiv(total * i, tasks) for i in (task, task + 1)]
+            )
             with T.serial(end - start) as turn:
-                z, rest = _divided(start + turn, per_matrix)
-                first = T.Bind(tirx.truncdiv(rest, tiles * block) * block)
+                z, rest = opaque("int64", [*_divided(start + turn, per_matrix)])
+                (first,) = opaque("int64", [tirx.truncdiv(rest, tiles * block) * block])
                 width = tirx.min(self.panels - first, _int64(block))
                 tile, panel = _divided(rest - first * tiles, width)
-                self._tile(z, T.Bind(first + panel), T.Bind(tile * (2 * amx.ROWS)))
+                place = opaque("int64", [z, first + panel, tile * (2 * amx.ROWS)])
+                self._tile(*place)
             with T.serial(self.pending[_ROWS]) as row:
                 self._finish_row(row)
             T.evaluate(amx.release())
@@ -133,10 +138,7 @@ class _Kernel:
         return tasks
 
     def _ask(self) -> None:
-        text = (
-            "int8 matmul: the operating system does not permit AMX (matrix tiles) to this process, "
-            "allowed: another system, or a library compiled for a target without AMX"
-        )
+        text = f"int8 matmul: {amx.REFUSED}"
         with T.attr(0, amx.IMPORT, amx.SOURCE), T.Assert(amx.permitted(), text, "RuntimeError"):
             T.evaluate(0)
 
