@@ -9,11 +9,16 @@ adds to the sum. AMX multiplies signed by signed, whole tiles at a time (`x86_am
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import tvm.tirx as tir
+from tvm.ir import Expr
 from tvm.s_tir import TensorIntrin
-from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target, codegen
+from tvm.tirx import Buffer, PrimFunc
+from tvm.tirx.script.builder import ir as T
 
 from . import x86_amx
 
@@ -52,7 +57,7 @@ class DotProduct:
     def pack(self, value):
         """An int8 expression of A as the instruction wants it."""
         if self.a_offset:  # +128 modulo 256 flips the sign bit
-            return value.astype("uint8") ^ T.uint8(self.a_offset)
+            return value.astype("uint8") ^ tir.const(self.a_offset, "uint8")
         return value.astype(self.a_dtype)
 
     def groups(self, k: int) -> int:
@@ -65,81 +70,76 @@ class DotProduct:
         return column_sum * self.a_offset
 
 
-def _description(lanes: int, group: int, a_dtype: str):
-    @T.prim_func(s_tir=True)
-    def description(
-        A: T.Buffer((group,), a_dtype, offset_factor=1),
-        B: T.Buffer((lanes, group), "int8", offset_factor=1),
-        C: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
+def _arguments(lanes: int, group: int, a_dtype: str) -> tuple[Buffer, Buffer, Buffer]:
+    """A, B and C of an intrinsic: one group of k, the lanes' groups, the lanes' sums."""
+    a = T.buffer((group,), a_dtype, offset_factor=1)
+    b = T.buffer((lanes, group), "int8", offset_factor=1)
+    c = T.buffer((lanes,), "int32", offset_factor=1, scope="local")
+    return T.arg("A", a), T.arg("B", b), T.arg("C", c)
+
+
+def _description(lanes: int, group: int, a_dtype: str) -> PrimFunc:
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("description")
+        A, B, C = _arguments(lanes, group, a_dtype)
         with T.sblock("root"):
             T.reads(C[0:lanes], A[0:group], B[0:lanes, 0:group])
             T.writes(C[0:lanes])
-            for i in T.serial(0, lanes):
-                for k in T.serial(0, group):
-                    with T.sblock("update"):
-                        vi, vk = T.axis.remap("SR", [i, k])
-                        C[vi] = C[vi] + T.cast(A[vk], "int32") * T.cast(B[vi, vk], "int32")
-
-    return description
+            with T.serial(0, lanes) as i, T.serial(0, group) as k, T.sblock("update"):
+                vi, vk = T.axis.remap("SR", [i, k])
+                product = A[vk].astype("int32") * B[vi, vk].astype("int32")
+                T.buffer_store(C, C[vi] + product, [vi])
+    return builder.get()
 
 
-def _vpdpbusd(lanes: int):
+def _implementation(
+    lanes: int, group: int, a_dtype: str, update: Callable[[Expr, Expr, Expr], Expr]
+) -> PrimFunc:
+    """C = update(A, B, C) on whole registers."""
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("implementation")
+        A, B, C = _arguments(lanes, group, a_dtype)
+        with T.sblock("root"):
+            T.reads(C[0:lanes], A[0:group], B[0:lanes, 0:group])
+            T.writes(C[0:lanes])
+            registers = (
+                A.vload([0], f"{a_dtype}x{group}"),
+                B.vload([0, 0], f"int8x{lanes * group}"),
+                C.vload([0], f"int32x{lanes}"),
+            )
+            T.buffer_store(C, update(*registers), [tir.Ramp(0, 1, lanes)])
+    return builder.get()
+
+
+def _broadcast(a: Expr, lanes: int, dtype: str) -> Expr:
+    """The 32 bits of ``a`` in every lane, as a vector of ``dtype``."""
+    bits = tir.Broadcast(tir.reinterpret("int32", a), lanes)
+    return tir.reinterpret(dtype, bits)
+
+
+def _vpdpbusd(lanes: int) -> PrimFunc:
     """Four u8 x s8 products a lane, summed into int32 without saturation."""
     intrinsic = f"llvm.x86.avx512.vpdpbusd.{lanes * 32}"
-    bytes_ = lanes * 4
 
-    @T.prim_func(s_tir=True)
-    def implementation(
-        A: T.Buffer((4,), "uint8", offset_factor=1),
-        B: T.Buffer((lanes, 4), "int8", offset_factor=1),
-        C: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
-        with T.sblock("root"):
-            T.reads(C[0:lanes], A[0:4], B[0:lanes, 0:4])
-            T.writes(C[0:lanes])
-            C[T.ramp(T.int32(0), 1, lanes)] = T.call_llvm_pure_intrin(
-                T.llvm_lookup_intrinsic_id(intrinsic),
-                C.vload([0], f"int32x{lanes}"),
-                T.reinterpret(
-                    T.broadcast(T.reinterpret(A.vload([0], "uint8x4"), dtype="int32"), lanes),
-                    dtype=f"uint8x{bytes_}",
-                ),
-                B.vload([0, 0], f"int8x{bytes_}"),
-                dtype=f"int32x{lanes}",
-            )
+    def update(a: Expr, b: Expr, c: Expr) -> Expr:
+        every = _broadcast(a, lanes, f"uint8x{lanes * 4}")
+        return tir.call_llvm_pure_intrin(f"int32x{lanes}", intrinsic, c, every, b)
 
-    return implementation
+    return _implementation(lanes, 4, "uint8", update)
 
 
-def _vpmaddwd(lanes: int, intrinsic: str):
+def _vpmaddwd(lanes: int, intrinsic: str) -> PrimFunc:
     """Two s16 x s16 products a lane; B is widened in the register. Exact: only four times -32768
     would overflow, and no int8 is that.
     """
-    pairs = lanes * 2
+    pairs = f"int16x{lanes * 2}"
 
-    @T.prim_func(s_tir=True)
-    def implementation(
-        A: T.Buffer((2,), "int16", offset_factor=1),
-        B: T.Buffer((lanes, 2), "int8", offset_factor=1),
-        C: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
-        with T.sblock("root"):
-            T.reads(C[0:lanes], A[0:2], B[0:lanes, 0:2])
-            T.writes(C[0:lanes])
-            C[T.ramp(T.int32(0), 1, lanes)] = C.vload(
-                [0], f"int32x{lanes}"
-            ) + T.call_llvm_pure_intrin(
-                T.llvm_lookup_intrinsic_id(intrinsic),
-                T.reinterpret(
-                    T.broadcast(T.reinterpret(A.vload([0], "int16x2"), dtype="int32"), lanes),
-                    dtype=f"int16x{pairs}",
-                ),
-                T.Cast(f"int16x{pairs}", B.vload([0, 0], f"int8x{pairs}")),
-                dtype=f"int32x{lanes}",
-            )
+    def update(a: Expr, b: Expr, c: Expr) -> Expr:
+        every = _broadcast(a, lanes, pairs)
+        wide = tir.Cast(pairs, b)
+        return c + tir.call_llvm_pure_intrin(f"int32x{lanes}", intrinsic, every, wide)
 
-    return implementation
+    return _implementation(lanes, 2, "int16", update)
 
 
 VNNI_512 = DotProduct(
@@ -160,14 +160,14 @@ PORTABLE = DotProduct("", "", "", 16, 1, "int8", 0, 16)
 TIERS = (VNNI_512, VNNI_256, AVX512BW, AVX2)
 """Dot products of vectors, fastest first."""
 
-for _dot, _implementation in (
+for _dot, _instruction in (
     (VNNI_512, _vpdpbusd(16)),
     (VNNI_256, _vpdpbusd(8)),
     (AVX512BW, _vpmaddwd(16, "llvm.x86.avx512.pmaddw.d.512")),
     (AVX2, _vpmaddwd(8, "llvm.x86.avx2.pmadd.wd")),
 ):
     _meaning = _description(_dot.lanes, _dot.group, _dot.a_dtype)
-    TensorIntrin.register(_dot.intrin, _meaning, _implementation)
+    TensorIntrin.register(_dot.intrin, _meaning, _instruction)
 
 
 def pick(target: Target) -> DotProduct:
