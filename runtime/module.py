@@ -95,7 +95,9 @@ class Module:
         with self._lock:
             thread_pool.use(self.threads)
             main = self._main
-            tensors = [self._on_device(arrays[spec.name]) for spec in self.inputs]
+            # A result that is a view of an input must not be the caller's memory.
+            share = not device_outputs
+            tensors = [self._on_device(arrays[spec.name], share) for spec in self.inputs]
             try:
                 result = main(*tensors)
             except (ValueError, AssertionError) as error:  # asserts of kernels and of the VM
@@ -154,10 +156,10 @@ class Module:
     def _device(self) -> tvm.runtime.Device:
         return tvm.cuda(gpu.INDEX) if self.manifest.on_gpu else tvm.cpu()
 
-    def _on_device(self, array: Array) -> tvm.runtime.Tensor:
+    def _on_device(self, array: Array, share: bool) -> tvm.runtime.Tensor:
         if not isinstance(array, np.ndarray):
             return array
-        shared = None if self.manifest.on_gpu else _shared(array)
+        shared = _shared(array) if share and not self.manifest.on_gpu else None
         return tvm.runtime.tensor(array, self._device) if shared is None else shared
 
     def _arrays(self, inputs: Mapping[str, Any]) -> dict[str, Array]:

@@ -338,6 +338,28 @@ def test_bfloat16_follows_a_rising_maximum():
     check(feeds, head_num=2, input_layout="BNSD", scale=1.0)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("row", [0, 15, 31])
+def test_a_row_of_nan_is_alone(dtype, row):
+    """Rows share registers and tiles, not results."""
+    feeds = qkv(N1=1, N2=1, S1=40, S2=70, D=32, dtype=dtype)
+    module = build(feeds, head_num=1, input_layout="BNSD", scale=0.2)
+    expected = run(module, feeds)
+    feeds["query"][0, 0, row] = np.nan
+    got = run(module, feeds)
+    others = np.arange(40) != row
+    for before, after in zip(expected[:3], got[:3]):
+        assert_array_equal(after[:, :, others], before[:, :, others])
+
+
+def test_matrix_tiles_beside_narrow_vectors():
+    """A virtual machine may show AMX and hide AVX-512: matrix tiles are left alone."""
+    mattr = ["+amx-tile", "+amx-int8", "+amx-bf16"]
+    target = {"kind": "llvm", "mcpu": "haswell", "mattr": mattr}
+    feeds = qkv(S1=40, S2=70, D=32, dtype=BF16)
+    build(feeds, target=target, head_num=2, input_layout="BNSD", scale=0.2)
+
+
 @pytest.mark.parametrize("S2", [1, 31, 32, 33, 95, 160])
 def test_masks_of_any_width(S2):
     feeds = qkv(S1=40, S2=S2, D=16) | {"atten_mask": random_mask(40, S2, dtype=np.uint8)}

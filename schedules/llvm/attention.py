@@ -161,7 +161,8 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
     """
     unit = vector_unit(target)
     config = configure(problem, unit)
-    if problem.dtype == "bfloat16" and x86_amx.available_bf16(target):
+    tiles = problem.dtype == "bfloat16" and _has_matrix_tiles(unit, target)
+    if tiles:
         config = replace(config, vectors=2, unroll=4)
         config = replace(config, groups=_tile_groups(problem, config))
     with IRBuilder() as builder:
@@ -176,7 +177,7 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
             B, S1, S2 = own_dimensions((problem.B, problem.S1, problem.S2), dims)
             parts = (problem, config, unit, buffers, _scalars(problem, buffers))
             divide = _packed_tasks if problem.layout == "TND" else _batch_tasks
-            kind, sources = _products(problem, config, target)
+            kind, sources = _products(problem, config, target, tiles)
             tile, row_tile = kind(*parts), RowTile(*parts)
             with T.attr(0, x86_bf16.IMPORT, "".join(sources)) if sources else nullcontext():
                 if kind is TileTask:
@@ -192,14 +193,19 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
         return builder.get()
 
 
+def _has_matrix_tiles(unit: VectorUnit, target: Target) -> bool:
+    """Those of AMX, beside vectors that are as wide as their rows."""
+    return unit.lanes == x86_amx.LANES and x86_amx.available_bf16(target)
+
+
 def _products(
-    problem: AttentionProblem, config: AttentionConfig, target: Target
+    problem: AttentionProblem, config: AttentionConfig, target: Target, tiles: bool
 ) -> tuple[type[Tile], list[str]]:
     """What multiplies where rows lie across the lanes, and the LLVM text that it needs."""
     sources = [bits.SOURCE] * problem.mask
     if problem.dtype != "bfloat16" or max(_task_rows(problem, config)) <= config.few:
         return Tile, sources
-    if x86_amx.available_bf16(target):
+    if tiles:
         return TileTask, [x86_amx.SOURCE, *sources]
     if x86_bf16.available(target):
         return PairTile, [x86_bf16.SOURCE, *sources]

@@ -317,7 +317,11 @@ class TileTask(PairTile):
             T.buffer_store(self.top, tir.max(tir.BufferLoad(self.top, index), top), index)
             highest.append(top)
             above.append(T.Bind(top - tir.BufferLoad(self.reference, index)))
-        with T.If(max_lanes(T.Bind(tir.max(*above))) > float32(SLACK)), T.Then():
+        # Lane by lane: a maximum over NaN may be NaN, and then no row would follow.
+        one, none = (tir.Broadcast(tir.const(x, "uint32"), L) for x in (1, 0))
+        exceeds = [tir.Select(x > float32(SLACK, x), one, none) for x in above]
+        exceeds_any = max_lanes(T.Bind(tir.max(*exceeds)))
+        with T.If(exceeds_any != tir.const(0, "uint32")), T.Then():
             for u, top in enumerate(highest):
                 index = [ramp(r0 + u * L, L)]
                 before = T.Bind(tir.BufferLoad(self.reference, index))
