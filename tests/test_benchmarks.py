@@ -23,6 +23,7 @@ from benchmarks import (  # noqa: E402
     measure,
     plot,
     run,
+    shapes,
     table,
     timing,
 )
@@ -30,7 +31,15 @@ from benchmarks.cases import Case, OverPeer, Relative  # noqa: E402
 from benchmarks.shapes import Attention, Encoder, Longformer, Matmul, Nsa  # noqa: E402
 from benchmarks.timing import Plan, Series, Turn  # noqa: E402
 
-KINDS = {"int8", "int8-256", "int16-512", "int16-256", "fp32", "bf16", "read"}
+KINDS = {"int8", "int8-256", "int8-amx", "int16-512", "int16-256"}
+KINDS |= {"fp32", "bf16", "bf16-amx", "read"}
+
+
+@pytest.fixture(autouse=True)
+def host_without_tiles(monkeypatch):
+    """Whatever this machine is, work done on it is judged by vector instructions."""
+    monkeypatch.setattr(shapes, "_instruction", lambda t: shapes.INSTRUCTION.get(t, "int8"))
+    monkeypatch.setattr(shapes, "bf16_instruction", lambda: "bf16")
 
 
 def series(*turns):
@@ -95,6 +104,14 @@ def test_longformer_cells_count_a_global_key_in_the_window_once():
 def test_nsa_operations_are_those_of_visible_keys():
     p = Nsa(S=256, D=64, N1=4, N2=1)
     assert p.operations == 2 * 4 * (~inputs.inputs(p).hidden).sum() * (64 + 128)
+
+
+def test_tiles_are_judged_by_tiles(monkeypatch):
+    monkeypatch.setattr(shapes, "_instruction", lambda t: "int8-amx")
+    monkeypatch.setattr(shapes, "bf16_instruction", lambda: "bf16-amx")
+    assert Matmul(2, 3, 5, "int8").work == {"int8-amx": 60}
+    work = Attention(1, 2, 1, 3, 4, 8, "bf16").work
+    assert work == {"bf16-amx": 4 * 2 * 3 * 4 * 8, "fp32": 22 * 2 * 3 * 4}
 
 
 def test_work_by_hand():
