@@ -233,9 +233,7 @@ def _compiled(content: bytes, sources: list[str], arch: str) -> bytes:
             form, code = compile_source(source, arch)
             functions = content[len(head) : len(content) - len(tail)]
             return _counted(form.encode()) + functions + _counted(code)
-    raise OpferryError(
-        "TVM packs CUDA modules in another layout than this version of opferry knows"
-    )
+    raise OpferryError(_UNKNOWN_LAYOUT)
 
 
 def _counted(data: bytes) -> bytes:

@@ -128,7 +128,6 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
     if (found := _warpgroups(problem, arch)) is not None:
         return found
     alone = draws_alone(problem)
-    tensor_cores = on_tensor_cores(problem.dtype, arch)
     padded = _up(problem.D, 16)
     steps = -(-padded // _DEPTH)
     depth = _up(-(-padded // steps), 16)
@@ -136,7 +135,12 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
     slices = -(-steps // 2) if wants_output else 1
     value_steps = -(-steps // slices) if wants_output else 0
     heads, rows = _rows(problem)
-    item, piece, asynchronous = copies(problem.dtype, arch, problem.D)
+    cut = elements(problem.dtype, arch, problem.D) | {
+        "depth": depth,
+        "steps": steps,
+        "value_steps": value_steps,
+        "slices": slices,
+    }
     for warps, row_tiles in ((4, 2), (4, 1), (2, 1), (1, 1)):
         held = warps * row_tiles * 16
         full = steps > 1 or (alone and depth > 64)
@@ -144,19 +148,12 @@ def configure(problem: AttentionProblem, arch: Arch) -> AttentionConfig:
             continue
         columns = value_steps * depth * row_tiles
         options = rings(
-            _key_tiles(tensor_cores, arch, columns, steps > 2 or alone),
-            tensor_cores=tensor_cores,
+            _key_tiles(cut["tensor_cores"], arch, columns, steps > 2 or alone),
             warps=warps,
             row_tiles=row_tiles,
-            depth=depth,
-            steps=steps,
-            value_steps=value_steps,
-            slices=slices,
-            item_bytes=item,
-            piece=piece,
-            asynchronous=asynchronous,
             heads=heads,
             split_blocks=_SPLIT_BLOCKS if rows <= _FEW_ROWS else 0,
+            **cut,
         )
         shared = [c for c in options if c.keys >= 32 and _two_share(c, arch)]
         single = [c for c in options if c.slots == 2 and c.shared_bytes <= arch.shared_per_block]
@@ -202,15 +199,22 @@ def on_tensor_cores(dtype: str, arch: Arch) -> bool:
     return shapes[dtype] is not None
 
 
-def copies(dtype: str, arch: Arch, *sizes: int) -> tuple[int, int, bool]:
-    """Bytes of an element in shared memory, elements of a copy, and whether the load path can do it
-    by itself, of tensors whose rows begin at multiples of ``sizes``.
+def elements(dtype: str, arch: Arch, *sizes: int) -> dict[str, Any]:
+    """The fields of a configuration that depend on the elements and on how they are copied:
+    ``tensor_cores``, ``item_bytes``, ``piece``, ``asynchronous``. Rows of the tensors begin at
+    multiples of ``sizes``.
     """
-    source, item = _ITEM_BYTES[dtype], 2 if on_tensor_cores(dtype, arch) else 4
+    tensor_cores = on_tensor_cores(dtype, arch)
+    source, item = _ITEM_BYTES[dtype], 2 if tensor_cores else 4
     piece = max(
         p for p in (1, 2, 4, 8) if not any(size % p for size in sizes) and p * item <= CHUNK_BYTES
     )
-    return item, piece, arch.cp_async and source == item and piece * item >= 4
+    return {
+        "tensor_cores": tensor_cores,
+        "item_bytes": item,
+        "piece": piece,
+        "asynchronous": arch.cp_async and source == item and piece * item >= 4,
+    }
 
 
 def rings(key_tiles: Iterable[int], **fields: Any) -> list[AttentionConfig]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...runtime.errors import UnsupportedError
 from .arch import Arch
-from .attention_config import AttentionConfig, copies, on_tensor_cores, rings
+from .attention_config import AttentionConfig, elements, rings
 
 if TYPE_CHECKING:
     from ...relay_ops.nsa_compress_attention import Problem
@@ -142,36 +142,28 @@ def configure(problem: Problem, arch: Arch) -> NsaConfig:
 
 def _tilings(problem: Problem, arch: Arch) -> list[AttentionConfig]:
     """Tiles of whole query positions, best first."""
-    tensor_cores = on_tensor_cores(problem.dtype, arch)
     wants_out = "attention_out" in problem.outputs
     value_size = problem.value_size if wants_out else 0
     depth = _depth(problem.head_size, value_size)
     steps, value_steps = -(-problem.head_size // depth), -(-value_size // depth)
     slices = -(-value_steps // max(1, _WIDTH // depth)) if wants_out else 1
     value_steps = -(-value_steps // slices)
-    sizes = problem.head_size, problem.value_size
-    item, piece, asynchronous = copies(problem.dtype, arch, *sizes)
+    cut = elements(problem.dtype, arch, problem.head_size, problem.value_size) | {
+        "depth": depth,
+        "steps": steps,
+        "value_steps": value_steps,
+        "slices": slices,
+    }
     found = []
     for warps, row_tiles in ((4, 2), (4, 1), (2, 1), (1, 1)):
         rows = warps * row_tiles * 16
         wide = value_steps * depth * row_tiles
-        if rows % problem.group or (row_tiles == 2 and (wide > _WIDTH or not asynchronous)):
+        if rows % problem.group or (row_tiles == 2 and (wide > _WIDTH or not cut["asynchronous"])):
             continue
         # Output and queries in registers leave fewer of them for scores.
-        most = 32 if not tensor_cores or wide > 128 else 48 if row_tiles == 2 else 64
-        found += rings(
-            [keys for keys in (64, 48, 32, 16) if keys <= most],
-            tensor_cores=tensor_cores,
-            warps=warps,
-            row_tiles=row_tiles,
-            depth=depth,
-            steps=steps,
-            value_steps=value_steps,
-            slices=slices,
-            item_bytes=item,
-            piece=piece,
-            asynchronous=asynchronous,
-        )
+        most = 32 if not cut["tensor_cores"] or wide > 128 else 48 if row_tiles == 2 else 64
+        key_tiles = [keys for keys in (64, 48, 32, 16) if keys <= most]
+        found += rings(key_tiles, warps=warps, row_tiles=row_tiles, **cut)
     return found
 
 

@@ -35,6 +35,7 @@ from tvm.tirx.script.builder import ir as T
 
 from ..intrin import x86
 from ..intrin import x86_amx as amx
+from ..parameters import parameters
 from ..tile import Tile
 from .attention_task import opaque
 
@@ -73,12 +74,7 @@ def build(problem: Problem, _: Target) -> PrimFunc:
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("int8_gemm_amx")
         T.func_attr({"tirx.noalias": True})
-        types = {"a": problem.a, "b": problem.b}
-        types |= {f"operand{i}": type_ for i, type_ in enumerate(problem.operands)}
-        types["y"] = problem.y
-        buffers = [
-            T.arg(name, T.buffer([*type_.shape], str(type_.dtype))) for name, type_ in types.items()
-        ]
+        buffers = parameters(problem)
         with T.sblock("root"):
             T.reads([])
             T.writes([])
