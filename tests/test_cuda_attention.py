@@ -434,6 +434,14 @@ def test_packed_sequences_by_warpgroups():
     check(feeds, "sm_90a", **node("TND", 2, sparse_mode=3))
 
 
+@pytest.mark.parametrize("D", [64, 128])
+def test_rows_without_keys_by_warpgroups(D):
+    """No product writes their output."""
+    feeds = packed([70, 5, 66], [0, 9, 40], N1=2, N2=1, D=D)
+    found = check(feeds, "sm_90a", **node("TND", 2))
+    assert (found["attention_out"][:70] == 0).all()
+
+
 def test_symbolic_sizes_by_warpgroups():
     names = {"query": {0: "b", 2: "s"}, "key": {0: "b", 2: "t"}, "value": {0: "b", 2: "t"}}
     check(inputs(2, 2, 1, 37, 91, 128), "sm_90a", symbolic=names, **node())
@@ -582,11 +590,11 @@ def config(feeds, arch="sm_80", **attrs):
 
 @functools.lru_cache(maxsize=64)
 def func(arch, dtype, D, kind="full"):
-    """The kernel of a kind: full, causal, mask, bias, decode, packed (TND, causal), all (mask and
-    bias), and with dropout.
+    """The kernel of a kind: full, causal, mask, bias, decode, short (64 keys), packed (TND and
+    causal), all (mask and bias), and with dropout.
     """
     kind, *drops = kind.split("+")
-    S1, S2, N2 = (1, 4096, 2) if kind == "decode" else (1024, 1024, 8)
+    S1, S2, N2 = {"decode": (1, 4096, 2), "short": (1024, 64, 8)}.get(kind, (1024, 1024, 8))
     attrs = node(N1=8)
     if kind == "packed":
         feeds, attrs = packed([500, 524], [500, 524], np.dtype(dtype), 8, 2, D), node("TND", 8)
@@ -674,6 +682,12 @@ def test_float32_is_not_rounded_to_narrower_products(arch):
     assert "tf32" not in text
 
 
+WARPGROUP_TILES = [
+    {"slots": 6},
+    {"row_tiles": 1, "keys": 96},
+    {"row_tiles": 1, "keys": 96, "warps": 8},
+]
+"""What the benchmarks for GPUs measure beside the schedule's own choice."""
 USUAL = [
     ("float16", 64, "full"),
     ("bfloat16", 64, "causal"),
@@ -706,9 +720,22 @@ def test_registers_and_spills(arch, dtype, D, kind, tmp_path):
 
 
 @cuda_code.needs_nvcc
+@pytest.mark.parametrize("kind", ["all+dropout", "short", "short+dropout"])
 @pytest.mark.parametrize("D", [64, 128])
-def test_registers_and_spills_of_warpgroups_with_everything(D, tmp_path):
-    assert_fits("sm_90a", "float16", D, "all+dropout", tmp_path)
+def test_registers_and_spills_of_other_warpgroups(D, kind, tmp_path):
+    assert_fits("sm_90a", "float16", D, kind, tmp_path)
+
+
+@cuda_code.needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "causal"])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("fields", WARPGROUP_TILES, ids=str)
+def test_products_of_measured_tiles_overlap(fields, D, kind, tmp_path):
+    with overriding("AttentionConfig", fields):
+        measured = func.__wrapped__("sm_90a", "bfloat16", D, kind)
+    for found in cuda_code.resources(cuda_code.source(measured, "sm_90a"), "sm_90a", tmp_path):
+        assert not found.spilled
 
 
 def assert_fits(arch, dtype, D, kind, tmp_path):

@@ -204,6 +204,50 @@ def test_results_are_undefined_until_a_wait():
     assert (d[:, 0] == -1).all()
 
 
+def test_products_add_where_a_predicate_says_so():
+    """To registers that nobody wrote before: the first of three turns overwrites them."""
+    low, high = fields(1, 0, 1024) & 0xFFFFFFFF, fields(1, 0, 1024) >> 32
+
+    @T.prim_func(s_tir=True, private=True)
+    def func(a: T.Buffer((64, 128), "int8"), d: T.Buffer((128, 4), "int32")):
+        for tx in T.thread_binding(128, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                sm = T.alloc_buffer((64, 128), "int8", scope="shared")
+                acc = T.alloc_buffer((4,), "uint32", scope="local")
+                for i in range(64):
+                    sm[i, tx] = a[i, tx]
+                T.ptx["fence.proxy.async.shared::cta"]()
+                T.cuda.cta_sync()
+                for turn in range(3):
+                    T.ptx["wgmma.fence.sync.aligned"]()
+                    T.ptx["wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8"](
+                        *[acc[i] for i in range(4)],
+                        *[
+                            T.uint64(high) << T.uint64(32)
+                            | T.uint64(low)
+                            | T.Cast(
+                                "uint64", T.cuda.cvta_generic_to_shared(T.address_of(sm[0, 0]))
+                            )
+                            >> T.uint64(4)
+                            for _ in range(2)
+                        ],
+                        T.ptx.pred(turn > 0),
+                    )
+                    T.ptx["wgmma.commit_group.sync.aligned"]()
+                    T.ptx["wgmma.wait_group.sync.aligned"](0)
+                for i in T.unroll(4):
+                    d[tx, i] = T.reinterpret("int32", acc[i])
+
+    a, d = np.zeros((64, 128), np.int8), np.zeros((128, 4), np.int32)
+    a[0, 5] = 7
+    run(func, a, d)
+    expected = np.zeros((128, 4))
+    expected[0, 0] = 3 * 7 * 7
+    assert_array_equal(d, expected)
+
+
 def test_a_phase_that_is_not_over_yet():
     """The parity of the phase before the first: what a wait would see at once."""
     with pytest.raises(SimtError, match=r"wgmma reads byte 0 .* written by a copy in flight"):

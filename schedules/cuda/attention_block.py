@@ -12,6 +12,7 @@ from ...relay_ops import attention
 from ..intrin import cuda, hopper
 from .attention_place import Place, Standing, float32, named, store_records
 from .attention_products import OrdinaryUnits, Products, TensorCores, Warpgroups, shared_row
+from .guard import guard
 from .shared_memory import shared_memory
 from .tile_copy import TileCopies
 
@@ -44,15 +45,18 @@ class Block(Standing):
             self.products.load_queries()
         with T.serial(end - first) as turn:
             tile = named(first + turn)
-            self.products.forget_addresses()
+            self.products.begin_tile(turn)
             self._scores(tile, end, turn)
             self.products.wait(0)
-            self._softmax(named(tile * c.keys))
+            self._softmax(named(tile * c.keys), turn)
             if self.wants_output:
                 self._values(tile, end, turn)
         self.products.wait(0)
         if c.asynchronous:
             cuda.wait_copies(0)
+        if self.wants_output and self.products.overwrites:
+            with T.If(first >= end), T.Then():
+                self.products.clear_output()
         self._store()
 
     @property
@@ -68,7 +72,7 @@ class Block(Standing):
         for k in range(rows):
             T.buffer_store(self.top, float32(attention.EMPTY_ROW_MAX), [k])
             T.buffer_store(self.sum, float32(0), [k])
-        if self.wants_output:
+        if self.wants_output and not self.products.overwrites:
             self.products.clear_output()
         if self.drops:
             self.kept = T.alloc_buffer((rows,), "uint32", scope="local")
@@ -180,7 +184,7 @@ class Block(Standing):
             for e in range(2):
                 statement(8 * n + e, self.products.score_slot(m, n, h, e))
 
-    def _softmax(self, j0: Expr) -> None:
+    def _softmax(self, j0: Expr, turn: Expr) -> None:
         """scores become weights; maximum, sum and correction follow, and the output is scaled."""
         if self.problem.pse is not None or not self.folds_scale:
             self._add_bias(j0)
@@ -192,11 +196,15 @@ class Block(Standing):
         for k, (m, h) in enumerate(self.fragments):
             self._row_weights(k, m, h)
             if self.wants_output:
-                for n in range(self.config.width // 8):
-                    for e in range(2):
-                        at = self.products.output_slot(m, n, h, e)
-                        scaled = self.products.output[at] * self.correction[k]
-                        T.buffer_store(self.products.output, scaled, [at])
+                with guard(turn > 0, self.products.overwrites):
+                    self._scale_row(k, m, h)
+
+    def _scale_row(self, k: int, m: int, h: int) -> None:
+        output = self.products.output
+        for n in range(self.config.width // 8):
+            for e in range(2):
+                at = self.products.output_slot(m, n, h, e)
+                T.buffer_store(output, output[at] * self.correction[k], [at])
 
     def _add_bias(self, j0: Expr) -> None:
         scores = self.products.scores

@@ -61,6 +61,11 @@ def shared_row(config: AttentionConfig, row: Expr) -> Expr:
 class Products:
     """Registers of a thread for both products, and what they read."""
 
+    overwrites = False
+    """Whether `add_values` does not add in the first tile of keys, so that nothing is to be cleared
+    or scaled before it.
+    """
+
     def __init__(
         self, config: AttentionConfig, arch: Arch, dtype: str, shared: tir.Buffer, thread: Expr
     ):
@@ -83,8 +88,10 @@ class Products:
     def output_slot(self, m: int, n: int, h: int, e: int) -> int:
         return ((m * self.value_tiles + n) * 2 + h) * 2 + e
 
-    def forget_addresses(self) -> None:
-        """Give the registers back that hold addresses."""
+    def begin_tile(self, turn: Expr) -> None:
+        """Before a tile of keys, of which the block saw ``turn`` others: give the registers back
+        that hold addresses.
+        """
 
     def clear_scores(self) -> None:
         _clear(self.scores)
@@ -165,7 +172,7 @@ class TensorCores(HalfWeights):
         self.queries = T.alloc_buffer((kept * config.row_tiles * 4,), "uint32", scope="local")
         self.right = T.alloc_buffer((4,), "uint32", scope="local")
 
-    def forget_addresses(self) -> None:
+    def begin_tile(self, turn: Expr) -> None:
         for place in (self.query_place, self.key_place, self.value_place):
             place.forget()
 
@@ -223,7 +230,12 @@ class Warpgroups(HalfWeights):
     """Four warps together multiply 64 rows, 16 of each, from shared memory: fragments m of theirs
     are the 64 rows m of their queries there, as `shared_row` says. Every call is one group of
     products.
+
+    The first ones overwrite: accumulators that the threads had cleared would be written behind
+    `hopper.begin_products` where there are so few tiles that the loop is straight code.
     """
+
+    overwrites = True
 
     def __init__(
         self, config: AttentionConfig, arch: Arch, dtype: str, shared: tir.Buffer, thread: Expr
@@ -235,6 +247,9 @@ class Warpgroups(HalfWeights):
     def _operand(self, element: Expr | int) -> Expr:
         """Descriptor of the rows that begin at an element of shared memory."""
         return T.Bind(hopper.advanced(self.matrix, element * self.config.item_bytes))
+
+    def begin_tile(self, turn: Expr) -> None:
+        self.adds = turn > 0
 
     def clear_scores(self) -> None:
         """The first products do not add."""
@@ -263,7 +278,8 @@ class Warpgroups(HalfWeights):
             output = [self.output[first + r] for r in range(registers)]
             for k in range(c.keys // 16):
                 b = hopper.advanced(right, 16 * k * hopper.ROW_BYTES)
-                hopper.multiply(self.dtype, output, self._left(m, k), b, transposed=True)
+                sums = True if k else self.adds
+                hopper.multiply(self.dtype, output, self._left(m, k), b, sums, transposed=True)
         hopper.commit_products()
 
     def wait(self, pending: int) -> None:

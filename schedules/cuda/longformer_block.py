@@ -101,7 +101,7 @@ class Block:
             if c.queries_in_registers:
                 self.products.load_queries()
             with T.serial(self.tiles) as tile:
-                self.products.forget_addresses()
+                self.products.begin_tile(tile)
                 with T.If(tile + 1 < self.tiles), T.Then():
                     self._fetch(tile + 1)
                 self._attend(tile)

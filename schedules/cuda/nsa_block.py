@@ -293,7 +293,7 @@ class Block:
             self.products.load_queries()
         with T.serial(end - first) as turn:
             tile = named(first + turn)
-            self.products.forget_addresses()
+            self.products.begin_tile(turn)
 
             def slot(number: int) -> Expr | int:
                 self.copies.arrive(c.slots - 2)

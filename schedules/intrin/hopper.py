@@ -57,8 +57,13 @@ def init_barrier(barrier: Expr, arrivals: int) -> None:
 
 
 def publish_barriers() -> None:
-    """Before a barrier of the block, by the thread that made them: copies may complete on them."""
+    """Before a barrier of the block, by the thread that made them: copies may complete on them.
+
+    The first fence orders their making, the second one before what copies do to them: the PTX ISA
+    has these go by way of generic memory since 9.3 only, and leaves them open before.
+    """
     T.evaluate(T.ptx["fence.mbarrier_init.release.cluster"]())
+    fence_shared()
 
 
 def arrive_expecting(barrier: Expr, count: int | Expr) -> None:
@@ -107,10 +112,12 @@ def begin_products() -> None:
     T.evaluate(T.ptx["wgmma.fence.sync.aligned"]())
 
 
-def multiply_s8(c: Sequence[Expr], a: Expr, b: Expr) -> None:
-    """c[64, N] += a[64, 32] @ b[32, N] of int8, by descriptors; N / 2 registers of c."""
+def multiply_s8(c: Sequence[Expr], a: Expr, b: Expr, accumulate: bool | Expr = True) -> None:
+    """c[64, N] += a[64, 32] @ b[32, N] of int8, by descriptors, or without the sum; N / 2 registers
+    of c.
+    """
     name = f"wgmma.mma_async.sync.aligned.m64n{2 * len(c)}k32.s32.s8.s8"
-    T.evaluate(T.ptx[name](*c, a, b, T.ptx.pred(tir.const(True, "bool"))))
+    T.evaluate(T.ptx[name](*c, a, b, _predicate(accumulate)))
 
 
 def multiply(
@@ -118,7 +125,7 @@ def multiply(
     c: Sequence[Expr],
     a: Expr | Sequence[Expr],
     b: Expr,
-    accumulate: bool = True,
+    accumulate: bool | Expr = True,
     transposed: bool = False,
 ) -> None:
     """c[64, N] += a[64, 16] @ b[16, N] of float16 or bfloat16 in float32, or without the sum.
@@ -128,11 +135,15 @@ def multiply(
     """
     kind = {"float16": "f16", "bfloat16": "bf16"}[dtype]
     name = f"wgmma.mma_async.sync.aligned.m64n{2 * len(c)}k16.f32.{kind}.{kind}"
-    sums = T.ptx.pred(tir.const(accumulate, "bool"))
+    sums = _predicate(accumulate)
     if isinstance(a, Sequence):
         T.evaluate(T.ptx[name](*c, *a, b, sums, 1, 1, int(transposed)))
     else:
         T.evaluate(T.ptx[name](*c, a, b, sums, 1, 1, 0, int(transposed)))
+
+
+def _predicate(value: bool | Expr) -> Expr:
+    return T.ptx.pred(tir.const(value, "bool") if isinstance(value, bool) else value)
 
 
 def commit_products() -> None:
