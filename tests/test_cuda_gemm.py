@@ -26,6 +26,7 @@ from opferry.runtime.errors import UnsupportedError
 from opferry.schedules.cuda import gemm, gemm_config, gemm_split
 from opferry.schedules.cuda.arch import ARCHS, THREAD_REGISTERS
 from opferry.schedules.cuda.gemm_config import GemmConfig, configure
+from opferry.schedules.cuda.override import overriding
 from opferry.schedules.cuda.panels import Panels
 from opferry.schedules.intrin import hopper
 
@@ -200,6 +201,17 @@ def test_order_of_tiles():
     check(32 * 11 + 5, 70, 16, config=SMALL, batch=2)
 
 
+def check_parts(parts, config, m, n, k, out, arch, entry, batch, order, panels=None):
+    """Among blocks: as one block computes it, to the bit."""
+
+    def divided(p, configs, record):
+        return gemm_split.emit(p, config, gemm_split.SplitConfig(parts), record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemm, "emit", divided)
+        check(m, n, k, out, arch, config, entry, batch, order, panels)
+
+
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
 @pytest.mark.parametrize(
     ("m", "n", "entry", "order", "batch"),
@@ -211,18 +223,34 @@ def test_order_of_tiles():
 )
 @pytest.mark.parametrize("out", ["int8", "float16"])
 def test_parts_of_k(out, m, n, entry, order, batch, arch):
-    """Among blocks: as one block computes it, to the bit."""
     k, stages = 2048, 2 if arch == "sm_75" else 4
-    p = problem(m, n, k, out, entry, batch, order)
     config = replace(gemm_config._STREAMING[0], stages=stages)
-
-    def divided(p, configs, record):
-        return gemm_split.emit(p, config, gemm_split.SplitConfig(4), record)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gemm, "emit", divided)
-        check(m, n, k, out, arch, config, entry, batch, order)
+    check_parts(4, config, m, n, k, out, arch, entry, batch, order)
+    p = problem(m, n, k, out, entry, batch, order)
     assert kernel_of(p, arch).attrs["global_symbol"] == "int8_gemm_split"
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("m", "n", "parts"), [(1, 66, 4), (17, 40, 2), (70, 130, 4)])
+@pytest.mark.parametrize("panels", [Panels(), None], ids=["panels", "rows"])
+def test_parts_of_k_on_hopper(panels, m, n, parts, batch):
+    """By the instructions of warps and of warpgroups, one panel after another or by rows."""
+    config = SMALL_WARPGROUP if m > 64 else gemm_config._STREAMING[0]
+    check_parts(parts, config, m, n, 2048, "int8", "sm_90a", "row", batch, Order.ROW, panels)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "parts"),
+    [(1, 768, 4096, 4), (16, 768, 3072, 4), (16, 4096, 4096, 1), (1, 768, 4096 + 128, 1)]
+    + [(128, 256, 4096, 4), (128, 256, 1152, 1), (512, 4096, 4096, 1)],
+)
+@pytest.mark.parametrize("panels", [Panels(), None], ids=["panels", "rows"])
+def test_parts_by_shape_on_hopper(panels, m, n, k, parts):
+    p = problem(m, n, k, panels=panels)
+    (config,) = configure(p, ARCHS["sm_90a"]).values()
+    assert gemm_split.choose(p, config, ARCHS["sm_90a"]).parts == parts
+    name = "int8_gemm_split" if parts > 1 else "int8_gemm"
+    assert kernel_of(p, "sm_90a").attrs["global_symbol"] == name
 
 
 @pytest.mark.parametrize(
@@ -233,13 +261,53 @@ def test_parts_of_k(out, m, n, entry, order, batch, arch):
 def test_parts_by_shape(m, n, k, parts):
     p = problem(m, n, k)
     (config,) = configure(p, ARCHS["sm_80"]).values()
-    assert gemm_split.choose(p, config).parts == parts
+    assert gemm_split.choose(p, config, ARCHS["sm_80"]).parts == parts
 
 
 def test_rows_known_at_the_call_are_not_divided():
     p = replace(problem(1, 768, 4096), m=tirx.Var("m", "int64"))
     (config, *_) = configure(p, ARCHS["sm_80"]).values()
-    assert gemm_split.choose(p, config).parts == 1
+    assert gemm_split.choose(p, config, ARCHS["sm_80"]).parts == 1
+    with pytest.raises(ValueError, match="found rows m of batch 1, allowed sizes known"):
+        gemm_split.SplitConfig(4).require_fit(p, config)
+
+
+def test_parts_follow_the_tile_to_be_measured(monkeypatch):
+    taken = []
+    monkeypatch.setattr(gemm_split, "emit", lambda _, *chosen: taken.append(chosen))
+    p = problem(16, 768, 4096)
+    kernel_of(p)
+    with overriding("GemmConfig", {"block_n": 64}):
+        kernel_of(p)
+    assert [(config.block_n, split.parts) for config, split, _ in taken] == [(16, 4), (64, 8)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts", "message"),
+    [
+        ({"k": 3072 + 256}, 4, r"found K = 3328, allowed multiples of 1024: parts of whole steps"),
+        ({"k": 3072}, 5, "found K = 3072, allowed multiples of 1280"),
+        ({"live_rows": lambda *_: 1}, 4, "found rows that only the device counts"),
+        ({"b": relax.TensorType((2, 64, 3072), "int8")}, 4, "found 2 matrices b, allowed one"),
+    ],
+)
+def test_parts_that_are_refused(changes, parts, message):
+    p = replace(problem(16, 64, 3072), **changes)
+    with pytest.raises(ValueError, match=message):
+        gemm_split.emit(p, gemm_config._STREAMING[0], gemm_split.SplitConfig(parts), ARCHS["sm_80"])
+
+
+def test_parts_of_panels_that_are_refused():
+    p = problem(16, 64, 1024 + 512, panels=Panels())
+    narrow = GemmConfig(16, 16, 64, 1, 1)
+    with pytest.raises(ValueError, match=r"allowed multiples of 1024: .*, in whole panels"):
+        gemm_split.SplitConfig(8).require_fit(p, narrow)
+    gemm_split.SplitConfig(4).require_fit(p, narrow)
+
+
+def test_no_parts_are_refused():
+    with pytest.raises(ValueError, match="found parts 0, allowed 1 or more"):
+        gemm_split.SplitConfig(0)
 
 
 @pytest.mark.parametrize("live", [0, 1, 40, 130])
@@ -583,6 +651,45 @@ def test_tiles_that_warpgroups_refuse(fields):
         replace(WARPGROUPS[0], **fields)
 
 
+@pytest.mark.parametrize("block_n", [8, 40, 136, 192, 320])
+def test_columns_that_warpgroups_refuse(block_n):
+    with pytest.raises(ValueError, match=f"found block_n {block_n}, allowed .* multiples of 16 up"):
+        replace(SMALL_WARPGROUP, block_n=block_n)
+
+
+@pytest.mark.parametrize("block_n", [16, 48, 96, 112, 128, 256])
+def test_columns_of_warpgroups(block_n):
+    config = replace(SMALL_WARPGROUP, block_n=block_n)
+    check(66, block_n + 17, 200, arch="sm_90a", config=config)
+
+
+@pytest.mark.parametrize("block_n", [32, 96])
+def test_tiles_that_panels_refuse(block_n):
+    config = replace(SMALL_WARPGROUP, block_n=block_n)
+    message = f"weights in panels: found block_n {block_n}, block_k 128, allowed multiples of 64"
+    with pytest.raises(ValueError, match=message):
+        kernel(problem(64, 64, 128, panels=Panels()), "sm_90a", config)
+    narrow = problem(64, 64, 128, panels=Panels(row_bytes=64))
+    with pytest.raises(ValueError, match=r"found block_n 64, block_k 128, .* of 64 and 64"):
+        kernel(narrow, "sm_90a", SMALL_WARPGROUP)
+
+
+def test_architectures_that_have_no_warpgroups():
+    with pytest.raises(ValueError, match="wgmma: found sm_90, allowed sm_90a"):
+        kernel(problem(64, 64, 128), "sm_90", SMALL_WARPGROUP)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"block_m": 24}, {"block_n": 40}, {"warps_n": 4}, {"block_k": 96, "warps_k": 2}, {"stages": 1}]
+    + [{"block_k": 80}],
+    ids=str,
+)
+def test_tiles_that_warps_refuse(fields):
+    with pytest.raises(ValueError, match="allowed 16 rows and 16 columns a warp or multiples"):
+        replace(SMALL, **fields)
+
+
 @WEIGHTS
 def test_instructions_of_warpgroups(panels):
     text = cuda_code.source(func("sm_90a", 2048, 2048, panels=panels), "sm_90a")
@@ -641,17 +748,22 @@ def test_registers_and_spills(arch, m, n, entry, out, tmp_path):
 
 @cuda_code.needs_nvcc
 @pytest.mark.parametrize(
-    ("m", "n", "out"),
+    ("m", "n", "k", "out"),
     [
-        (4096, 4096, "int8"),
-        (2048, 2048, "float16"),
-        (1024, 2048, "int32"),
-        (128, 512, "bfloat16"),
+        (4096, 4096, 1024, "int8"),
+        (2048, 2048, 1024, "float16"),
+        (1024, 2048, 1024, "int32"),
+        (128, 512, 1024, "bfloat16"),
+        (128, 512, 128, "int8"),  # as few steps as this are straight code
+        (1024, 2048, 384, "bfloat16"),
+        (2048, 2048, 256, "int32"),
     ],
 )
-def test_registers_and_spills_of_warpgroups(m, n, out, tmp_path):
-    text = cuda_code.source(func("sm_90a", m, n, out=out, panels=Panels()), "sm_90a")
+@WEIGHTS
+def test_registers_and_spills_of_warpgroups(m, n, k, out, panels, tmp_path):
+    p = problem(m, n, k, out, panels=panels)
+    text = cuda_code.source(kernel(p, "sm_90a"), "sm_90a")
     (found,) = cuda_code.resources(text, "sm_90a", tmp_path)
     assert not found.spilled
-    (config,) = configure(problem(m, n, 1024, out), ARCHS["sm_90a"]).values()
+    (config,) = configure(p, ARCHS["sm_90a"]).values()
     assert found.registers * config.threads <= ARCHS["sm_90a"].registers_per_sm

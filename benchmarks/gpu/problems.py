@@ -7,7 +7,7 @@ second-level cache, as those of a model with many layers do.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -116,7 +116,7 @@ _GEMM_HOPPER = (
     {"block_m": 256, "block_n": 128, "warps_m": 16},
 )
 _ATTENTION_HOPPER = (
-    {"keys": 64, "slots": 4},
+    {"slots": 6},
     {"row_tiles": 1, "keys": 96},
     {"row_tiles": 1, "keys": 96, "warps": 8},
 )
@@ -149,6 +149,9 @@ def _hopper(group: str, p: Problem) -> list[Candidate]:
         if p.M == 4096 and p.out == "int8":
             found.append(Candidate(p, arch=arch, stored=("x2",)))
         return found
+    if group == "gemm" and p.out == "int8":
+        packed = Candidate(p, arch=arch, stored=("x2",))
+        return [packed] + [replace(packed, kind="SplitConfig", fields=parts) for parts in _SPLIT]
     if group == "attention":
         found = [Candidate(p, arch=arch)]
         if p.S1 == 8192:

@@ -1,5 +1,6 @@
 """What NVIDIA GPUs have and can do, by architecture. The numbers are those of the CUDA C++
-Programming Guide, "Compute Capabilities", the instructions those of the PTX ISA.
+Programming Guide, "Compute Capabilities", the instructions those of the PTX ISA, the counts of
+multiprocessors those of NVIDIA's product briefs and architecture papers of the GPU they name.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Arch:
     """For all blocks of a multiprocessor; each takes 1 KiB of it for itself from sm_80 on."""
     threads_per_sm: int
     blocks_per_sm: int
+    multiprocessors: int
+    """Of one GPU of the architecture; others have more or fewer."""
     mma_int8: Shape
     """The largest ``mma.sync`` of s8 operands; s32 accumulators."""
     mma_float16: Shape
@@ -56,6 +59,12 @@ def _kib(count: int) -> int:
     return count * 1024
 
 
+_TURING = {
+    "mma_int8": (8, 8, 16),
+    "mma_float16": (16, 8, 8),
+    "mma_bfloat16": None,
+    "cp_async": False,
+}
 _AMPERE = {
     "mma_int8": (16, 8, 32),
     "mma_float16": (16, 8, 16),
@@ -63,15 +72,15 @@ _AMPERE = {
     "cp_async": True,
 }
 
-_HOPPER = ((9, 0), _kib(227), _kib(228), 2048, 32)
+_HOPPER = ((9, 0), _kib(227), _kib(228), 2048, 32, 132)  # H100 SXM and H200
 
 ARCHS: dict[str, Arch] = {
     arch.name: arch
     for arch in (
-        Arch("sm_75", (7, 5), _kib(64), _kib(64), 1024, 16, (8, 8, 16), (16, 8, 8), None, False),
-        Arch("sm_80", (8, 0), _kib(163), _kib(164), 2048, 32, **_AMPERE),
-        Arch("sm_86", (8, 6), _kib(99), _kib(100), 1536, 16, **_AMPERE),
-        Arch("sm_89", (8, 9), _kib(99), _kib(100), 1536, 24, **_AMPERE),
+        Arch("sm_75", (7, 5), _kib(64), _kib(64), 1024, 16, 40, **_TURING),  # T4
+        Arch("sm_80", (8, 0), _kib(163), _kib(164), 2048, 32, 108, **_AMPERE),  # A100
+        Arch("sm_86", (8, 6), _kib(99), _kib(100), 1536, 16, 72, **_AMPERE),  # A10
+        Arch("sm_89", (8, 9), _kib(99), _kib(100), 1536, 24, 58, **_AMPERE),  # L4
         Arch("sm_90", *_HOPPER, **_AMPERE, bulk_copy=True),
         Arch("sm_90a", *_HOPPER, **_AMPERE, bulk_copy=True, wgmma=True, specific=True),
     )

@@ -37,6 +37,7 @@ from tvm_ffi import structural_map
 from ..intrin import cuda as ptx
 from ..intrin import hopper
 from ..intrin.cuda import CHUNK_BYTES as CHUNK
+from ..parameters import parameters
 from . import arch as archs
 from .arch import WARP, Arch
 from .attention_place import named
@@ -65,8 +66,12 @@ def panels(target: Target) -> Panels | None:
 def build(problem: Problem, target: Target) -> PrimFunc:
     """The kernel ``int8_matmul``: buffers a, b, the operands and y."""
     arch = archs.of(target)
-    configs = {rows: overridden(config) for rows, config in configure(problem, arch).items()}
-    return emit(problem, configs, arch)
+    return emit(problem, chosen(problem, arch), arch)
+
+
+def chosen(problem: Problem, arch: Arch) -> dict[int | None, GemmConfig]:
+    """What `configure` chooses, or a measurement instead."""
+    return {rows: overridden(config) for rows, config in configure(problem, arch).items()}
 
 
 def emit(problem: Problem, configs: dict[int | None, GemmConfig], arch: Arch) -> PrimFunc:
@@ -75,12 +80,7 @@ def emit(problem: Problem, configs: dict[int | None, GemmConfig], arch: Arch) ->
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("int8_gemm")
         T.func_attr({"tirx.noalias": True})
-        types = {"a": p.a, "b": p.b}
-        types |= {f"operand{i}": type_ for i, type_ in enumerate(p.operands)}
-        types["y"] = p.y
-        buffers = [
-            T.arg(name, T.buffer([*type_.shape], str(type_.dtype))) for name, type_ in types.items()
-        ]
+        buffers = parameters(p)
         with ExitStack() as otherwise:
             known = isinstance(p.m, int) and isinstance(p.batch, int)
             # An empty grid cannot be launched.
@@ -121,6 +121,7 @@ class _Kernel:
     """Emits one launch; one object for each."""
 
     def __init__(self, problem: Problem, config: GemmConfig, arch: Arch, buffers: list):
+        config.require_fit(problem, arch)
         self.p, self.c, self.arch = problem, config, arch
         self.a, self.b, *self.operands, self.y = buffers
         self.item = DataType(problem.y.dtype).bits // 8
@@ -170,8 +171,6 @@ class _Kernel:
 
     def _compute(self) -> None:
         p, c = self.p, self.c
-        for i in range(int(self.acc.shape[0])):
-            T.buffer_store(self.acc, tirx.const(0, "uint32"), [i])
         self.steps = _tiles(p.k, c.block_k)
         if c.wgmma:
             self._run_warpgroups()
@@ -189,6 +188,8 @@ class _Kernel:
 
     def _run_warps(self) -> None:
         c = self.c
+        for i in range(int(self.acc.shape[0])):
+            T.buffer_store(self.acc, tirx.const(0, "uint32"), [i])
         self.fa = T.alloc_buffer((c.warp_m // 16 * 4,), "uint32", scope="local")
         self.fb = T.alloc_buffer((c.warp_n // 8 * 2,), "uint32", scope="local")
         ahead = c.stages - 1
@@ -226,7 +227,7 @@ class _Kernel:
             stage = T.Bind(step % c.stages)
             if self.p.b_panels:
                 hopper.wait_barrier(self._barrier(stage), step // c.stages)
-            self._multiply_warpgroup(stage)
+            self._multiply_warpgroup(stage, step)
             hopper.wait_products(1)
         hopper.wait_products(0)
         ptx.wait_copies(0)
@@ -260,8 +261,10 @@ class _Kernel:
                 target = self.shared[base + i * panels.bytes]
                 hopper.copy_bulk(T.address_of(target), T.address_of(source), panels.bytes, barrier)
 
-    def _multiply_warpgroup(self, stage: Expr) -> None:
-        """The products of one stage, as one group."""
+    def _multiply_warpgroup(self, stage: Expr, step: Expr) -> None:
+        """The products of one stage, as one group. Those of step 0 do not add: accumulators that
+        the threads had cleared would be written behind `hopper.begin_products` in short loops.
+        """
         c = self.c
         base_a = stage * c.stage_bytes + self.group * (hopper.ROWS * c.block_k)
         base_b = stage * c.stage_bytes + c.block_m * c.block_k
@@ -273,7 +276,8 @@ class _Kernel:
             for first in range(0, c.block_n, columns):
                 registers = [self.acc[first // 2 + r] for r in range(columns // 2)]
                 rows = hopper.advanced(b, first * c.block_k + k)
-                hopper.multiply_s8(registers, hopper.advanced(a, k), rows)
+                sums = True if k else step > 0
+                hopper.multiply_s8(registers, hopper.advanced(a, k), rows, sums)
         hopper.commit_products()
 
     def _load(self, stage: Expr | int, step: Expr) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ...runtime.errors import UnsupportedError
 from ..intrin import hopper
 from ..intrin.cuda import CHUNK_BYTES as CHUNK
-from .arch import WARP, Arch
+from .arch import ARCHS, WARP, Arch
 
 if TYPE_CHECKING:
     from ...relay_ops.int8_matmul import Problem
@@ -30,12 +30,47 @@ class GemmConfig:
     """Whether warpgroups multiply from shared memory; they stand below one another."""
 
     def __post_init__(self) -> None:
+        """``UnsupportedError``, a `ValueError`, for what no kernel computes."""
+        if self.wgmma:
+            self._require_warpgroups()
+        else:
+            self._require_warps()
+
+    def _require_warps(self) -> None:
+        fragments = self.block_m % (16 * self.warps_m) == self.block_n % (16 * self.warps_n) == 0
+        if not fragments or self.block_k % (32 * self.warps_k) or self.stages < 2:
+            raise UnsupportedError(
+                f"{self}: allowed 16 rows and 16 columns a warp or multiples, block_k by 32 for "
+                f"each of warps_k, 2 stages or more"
+            )
+
+    def _require_warpgroups(self) -> None:
         fits = (self.warps_n, self.warps_k, self.block_k) == (1, 1, hopper.ROW_BYTES)
-        fits = fits and self.warps_m % 4 == 0 and self.warp_m == 16 and self.stages >= 3
-        if self.wgmma and not fits:
+        fits = fits and self.warps_m % 4 == 0 and self.block_m == 16 * self.warps_m
+        if not fits or self.stages < 3:
             raise UnsupportedError(
                 f"{self}: allowed for warpgroups 16 rows and all columns a warp, "
                 f"block_k {hopper.ROW_BYTES}, 3 stages or more"
+            )
+        # Instructions of as many columns or of the most; the epilogue stores 16 bytes of int8.
+        if self.block_n % (16 if self.block_n <= hopper.COLUMNS else hopper.COLUMNS):
+            raise UnsupportedError(
+                f"{self}: found block_n {self.block_n}, allowed for warpgroups multiples of 16 up "
+                f"to {hopper.COLUMNS}, beyond it of {hopper.COLUMNS}"
+            )
+
+    def require_fit(self, problem: Problem, arch: Arch) -> None:
+        """``UnsupportedError`` unless the kernel of ``problem`` can be cut so on ``arch``."""
+        if not self.wgmma:
+            return
+        if not arch.wgmma:
+            names = ", ".join(other.name for other in ARCHS.values() if other.wgmma)
+            raise UnsupportedError(f"{self}: wgmma: found {arch.name}, allowed {names}")
+        panels = problem.b_panels
+        if panels and (self.block_n % panels.rows or self.block_k != panels.row_bytes):
+            raise UnsupportedError(
+                f"{self}: weights in panels: found block_n {self.block_n}, block_k {self.block_k}, "
+                f"allowed multiples of {panels.rows} and {panels.row_bytes}"
             )
 
     @property
@@ -93,10 +128,10 @@ _WARPGROUP_TILES = (
 )
 """Largest first; the last two leave room for a second block."""
 
-_FILLED = 2 * 108
-"""Blocks that keep an A100 busy: two for each multiprocessor."""
-_FILLED_WGMMA = 128
-"""Blocks that keep an H100 busy, whose tiles are larger: one for nearly each of its 132."""
+_BUSY = 0.95
+"""Share of the multiprocessors that must have enough blocks: two, or one of few rows and of the
+larger tiles of warpgroups.
+"""
 
 
 def configure(problem: Problem, arch: Arch) -> dict[int | None, GemmConfig]:
@@ -110,27 +145,28 @@ def configure(problem: Problem, arch: Arch) -> dict[int | None, GemmConfig]:
     if m is None:
         found = {few: _STREAMING[-1], None: (_WARPGROUP_TILES if arch.wgmma else _TILES)[1]}
     elif m <= few:
-        found = {None: _streaming(problem, m)}
+        found = {None: _streaming(problem, m, arch)}
     else:
         found = {None: _tiled(problem, m, arch)}
     return found if arch.cp_async else {m: replace(c, stages=2) for m, c in found.items()}
 
 
-def _streaming(problem: Problem, m: int) -> GemmConfig:
+def _streaming(problem: Problem, m: int, arch: Arch) -> GemmConfig:
     """The widest of the lowest that fit, as long as every multiprocessor has a block."""
     fitting = [config for config in _STREAMING if config.block_m >= m]
     lowest = [config for config in fitting if config.block_m == fitting[0].block_m]
-    enough = [config for config in lowest if _blocks(problem, m, config) >= _FILLED // 2]
+    enough = [c for c in lowest if _blocks(problem, m, c) >= _BUSY * arch.multiprocessors]
     return enough[-1] if enough else lowest[0]
 
 
 def _tiled(problem: Problem, m: int, arch: Arch) -> GemmConfig:
     if arch.wgmma:
-        enough = (c for c in _WARPGROUP_TILES if _blocks(problem, m, c) >= _FILLED_WGMMA)
-        return next(enough, _WARPGROUP_TILES[-1])
-    # A thread of the widest tile has no register left for copies that pass through it.
-    tiles = _TILES if arch.cp_async else _TILES[1:]
-    return next((c for c in tiles if _blocks(problem, m, c) >= _FILLED), _TILES[-1])
+        tiles, filled = _WARPGROUP_TILES, arch.multiprocessors
+    else:
+        # A thread of the widest tile has no register left for copies that pass through it.
+        tiles, filled = _TILES if arch.cp_async else _TILES[1:], 2 * arch.multiprocessors
+    enough = (c for c in tiles if _blocks(problem, m, c) >= _BUSY * filled)
+    return next(enough, tiles[-1])
 
 
 def _blocks(problem: Problem, m: int, config: GemmConfig) -> float:
