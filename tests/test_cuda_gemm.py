@@ -767,3 +767,14 @@ def test_registers_and_spills_of_warpgroups(m, n, k, out, panels, tmp_path):
     assert not found.spilled
     (config,) = configure(p, ARCHS["sm_90a"]).values()
     assert found.registers * config.threads <= ARCHS["sm_90a"].registers_per_sm
+
+
+@cuda_code.needs_nvcc
+@pytest.mark.parametrize(("m", "n", "k"), [(16, 768, 3072), (128, 256, 2048)])
+@WEIGHTS
+def test_parts_of_k_on_hopper_fit(m, n, k, panels, tmp_path):
+    func = kernel_of(problem(m, n, k, panels=panels), "sm_90a")
+    cuda_code.verify(func, "sm_90a")
+    product, total = cuda_code.resources(cuda_code.source(func, "sm_90a"), "sm_90a", tmp_path)
+    assert not product.spilled
+    assert not total.spilled

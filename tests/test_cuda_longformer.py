@@ -317,6 +317,13 @@ def test_instructions(arch):
     assert "ex2.approx.ftz.f32" in text
 
 
+@pytest.mark.parametrize(("D", "width"), [(64, ".v2.b32"), (96, ".v2.b32"), (40, ".b16")])
+def test_bytes_of_a_store(D, width):
+    """Eight where heads are whole 32 channels, otherwise two."""
+    text = cuda_code.source(func("sm_80", "attention", D), "sm_80")
+    assert set(re.findall(r"st\.global(\S*\.b\d+)", text)) == {width}
+
+
 @cuda_code.needs_nvcc
 @pytest.mark.parametrize(
     ("kernel", "D", "order"),

@@ -27,6 +27,8 @@ LOWEST = -1.0e38
 """A running maximum before the first key: finite, so that it can be subtracted."""
 _EVERYWHERE = 2**31 - 1
 """The reach of a global key."""
+_EXCHANGED = 4
+"""Accumulators of 8 x 8 that the lanes of a quad exchange: one for each."""
 _RECORD_BYTES = 8
 """Of a key of the tile: its additive mask (float32), its reach (int32)."""
 
@@ -411,6 +413,9 @@ class Block:
                         self._store_part(k, m, h)
             with T.Else():
                 for k, (m, h) in enumerate(self.fragments):
+                    if self.p.head_size % (8 * _EXCHANGED) == 0:
+                        self._store_wide_row(k, m, h, inverse_scale)
+                        continue
                     with T.If(self.kind[k] >= 0), T.Then():
                         self._store_row(k, m, h, inverse_scale)
 
@@ -436,30 +441,71 @@ class Block:
             T.buffer_store(self.buffers["part_sum"], self.sum[k], record)
 
     def _store_row(self, k: int, m: int, h: int, inverse_scale: Expr) -> None:
+        """The thread's channels of a row, two or one at a time."""
         D = self.p.head_size
         s = named(self.position[k].astype("int64"))
-        inverse = named(float32(1) / self.sum[k])
+        scales = named(float32(1) / self.sum[k]), inverse_scale
         for d, at in self._each_pair(m, h):
-            pair = []
-            for e in range(2):
-                value = quantised(self.products.output[at + e] * inverse, inverse_scale)
-                pair.append(tir.Select(self.kind[k] > 0, value, tir.const(0, "int8")))
+            pair = self._quantised_pair(k, at, scales)
             if D % 2 == 0:
-                self._store_pair(s, d, pair)
+                address = self._address(s, d)
+                T.evaluate(T.ptx["st.global.b16"](address, _joined(pair, "uint16")))
                 continue
             for e in range(2):
                 with guard(d + e < D, True):
-                    T.buffer_store(
-                        self.buffers["output"], pair[e], self._index(s, self.h * D + d + e)
-                    )
+                    index = self._index(s, self.h * D + d + e)
+                    T.buffer_store(self.buffers["output"], pair[e], index)
 
-    def _store_pair(self, s: Expr, d: Expr, values: list[Expr]) -> None:
-        low, high = (named(value.astype("uint8").astype("uint16")) for value in values)
+    def _store_wide_row(self, k: int, m: int, h: int, inverse_scale: Expr) -> None:
+        """The same of heads of whole 32 channels, 8 at a time: each lane of a quad takes the row of
+        one of four accumulators. All lanes of the warp are here.
+        """
+        s = named(self.position[k].astype("int64"))
+        scales = named(float32(1) / self.sum[k]), inverse_scale
+        odd, upper = (named(self.lane // i % 2 > 0) for i in (1, 2))
+        for first in range(0, self.c.width // 8, _EXCHANGED):
+            pairs = [
+                _joined(self._quantised_pair(k, self.products.output_slot(m, n, h, 0), scales))
+                for n in range(first, first + _EXCHANGED)
+            ]
+            words = []
+            for n in (0, 2):
+                low, high = _exchanged(pairs[n], pairs[n + 1], odd, 1)
+                words.append(named(low | high << tir.const(16, "uint32")))
+            words = _exchanged(*words, upper, 2)
+            address = self._address(s, named((first + self.lane % 4) * 8))
+            with T.If(self.kind[k] >= 0), T.Then():
+                T.evaluate(T.ptx["st.global.v2.b32"](address, *words))
+
+    def _quantised_pair(self, k: int, at: int, scales: tuple[Expr, Expr]) -> list[Expr]:
+        """The channels of ``output`` at ``at`` and behind it, int8; zeros of padding."""
+        inverse, inverse_scale = scales
+        pair = []
+        for e in range(2):
+            value = quantised(self.products.output[at + e] * inverse, inverse_scale)
+            pair.append(tir.Select(self.kind[k] > 0, value, tir.const(0, "int8")))
+        return pair
+
+    def _address(self, s: Expr, d: Expr) -> Expr:
         index = self._index(s, named(self.h * self.p.head_size + d))
-        address = T.address_of(self.buffers["output"][tuple(index)])
-        T.evaluate(T.ptx["st.global.b16"](address, low | (high << tir.const(8, "uint16"))))
+        return T.address_of(self.buffers["output"][tuple(index)])
 
     def _index(self, s: Expr, column: Expr) -> list[Expr]:
         if self.p.col32:
             return [self.b, column // 32, s, column % 32]
         return [self.b, s, column]
+
+
+def _joined(pair: list[Expr], dtype: str = "uint32") -> Expr:
+    """Two bytes as one word."""
+    low, high = (named(value.astype("uint8").astype(dtype)) for value in pair)
+    return named(low | (high << tir.const(8, dtype)))
+
+
+def _exchanged(first: Expr, second: Expr, takes_second: Expr, distance: int) -> tuple[Expr, Expr]:
+    """Lanes whose numbers differ by ``distance``: the lower one gets ``first`` of both, the upper
+    one, which ``takes_second``, ``second`` of both; in the order of the lanes.
+    """
+    kept = named(tir.Select(takes_second, second, first))
+    got = named(cuda.shuffle_xor(tir.Select(takes_second, first, second), distance))
+    return named(tir.Select(takes_second, got, kept)), named(tir.Select(takes_second, kept, got))
