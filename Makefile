@@ -24,8 +24,9 @@ PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 
 # Each test process compiles alone; the kernels it runs are small. Two threads find races between
 # workers of TVM's pool, and without spinning the pools of several processes share the cores.
+# A process takes whole files, in the order that tests/conftest.py gives: the longest first.
 TEST_ENV := OPFERRY_NUM_THREADS=2 TVM_THREAD_POOL_SPIN_COUNT=0
-PYTEST := $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow lint bench bench-all bench-report clean
 

@@ -1,1 +1,30 @@
 """Shared by all tests."""
+
+import pytest
+from small_model import SUM_AND_NEGATIVE, model
+
+import opferry
+
+LONGEST = ("test_nsa_compress_attention", "test_cuda_attention", "test_speed_fusion_attention")
+LONGEST += ("test_examples", "test_cuda_gemm", "test_cuda_longformer", "test_cuda_nsa")
+"""Files that take minutes. Workers take whole files: one of these begun last would run alone."""
+
+
+def pytest_collection_modifyitems(items):
+    """Files of `LONGEST` first."""
+    place = {name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.fixture(scope="module")
+def module():
+    """`SUM_AND_NEGATIVE` compiled for this machine."""
+    return opferry.compile(model(SUM_AND_NEGATIVE))
+
+
+@pytest.fixture(scope="module")
+def saved(module, tmp_path_factory):
+    """The folder it is saved to."""
+    folder = tmp_path_factory.mktemp("saved") / "module"
+    module.save(folder)
+    return folder

@@ -18,6 +18,22 @@ from opferry.schedules.cuda.arch import ARCHS, BLOCK_THREADS
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 _VECTOR_BYTES = 16
+_TWINS = ("sm_86", "sm_89")
+
+
+def swept(archs, cases):
+    """(architecture, *case) of every pair: of sm_86 and sm_89, which have the instructions of
+    sm_80, all cases but the first are left to the sweep.
+    """
+    return [
+        pytest.param(
+            arch,
+            *(case if isinstance(case, tuple) else (case,)),
+            marks=pytest.mark.slow if arch in _TWINS and case != cases[0] else (),
+        )
+        for arch in archs
+        for case in cases
+    ]
 
 
 class Resources(NamedTuple):

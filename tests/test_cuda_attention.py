@@ -613,14 +613,16 @@ def func(arch, dtype, D, kind="full"):
     return kernel(feeds, arch, **attrs)
 
 
-@pytest.mark.parametrize("kind", ["full", "decode", "packed+dropout"])
-@pytest.mark.parametrize("arch", architectures.ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "kind"), cuda_code.swept(architectures.ARCHS, ["packed+dropout", "full", "decode"])
+)
 def test_tvm_verifies(arch, kind):
     cuda_code.verify(func(arch, "float16", 128, kind), arch)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("arch", architectures.ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "dtype"), cuda_code.swept(architectures.ARCHS, ["float32", "bfloat16"])
+)
 def test_tvm_verifies_other_arithmetic(arch, dtype):
     cuda_code.verify(func(arch, dtype, 64, "causal"), arch)
 
@@ -638,10 +640,13 @@ MMA = {
 
 
 @pytest.mark.parametrize(
-    "arch", [name for name, arch in architectures.ARCHS.items() if not arch.wgmma]
+    ("arch", "dtype"),
+    cuda_code.swept(
+        [name for name, arch in architectures.ARCHS.items() if not arch.wgmma],
+        ["bfloat16", "float16"],
+    ),
 )
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_instructions(dtype, arch):
+def test_instructions(arch, dtype):
     text = source(arch, dtype, 64)
     old = arch == "sm_75"
     expected = MMA.get(("sm_75" if old else "sm_80", dtype))
@@ -689,10 +694,10 @@ WARPGROUP_TILES = [
 ]
 """What the benchmarks for GPUs measure beside the schedule's own choice."""
 USUAL = [
+    ("float16", 128, "causal"),
     ("float16", 64, "full"),
     ("bfloat16", 64, "causal"),
     ("bfloat16", 128, "full"),
-    ("float16", 128, "causal"),
     ("float16", 128, "decode"),
 ]
 UNUSUAL = [
@@ -713,8 +718,9 @@ UNUSUAL = [
 
 
 @cuda_code.needs_nvcc
-@pytest.mark.parametrize(("dtype", "D", "kind"), USUAL)
-@pytest.mark.parametrize("arch", architectures.ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "dtype", "D", "kind"), cuda_code.swept(architectures.ARCHS, USUAL)
+)
 def test_registers_and_spills(arch, dtype, D, kind, tmp_path):
     assert_fits(arch, dtype, D, kind, tmp_path)
 

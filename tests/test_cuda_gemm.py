@@ -617,14 +617,15 @@ def func(arch, m, n, entry="row", out="int8", panels=None):
     return kernel(problem(m, n, 1024, out, entry, panels=panels), arch)
 
 
-@pytest.mark.parametrize("m", [16, 64, 512, 2048])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("arch", "m"), cuda_code.swept(ARCHS, [2048, 16, 64, 512]))
 def test_tvm_verifies(arch, m):
     cuda_code.verify(func(arch, m, 2048), arch)
 
 
-@pytest.mark.parametrize("m", [16, 64, 2048])
-@pytest.mark.parametrize("arch", [name for name, arch in ARCHS.items() if not arch.wgmma])
+@pytest.mark.parametrize(
+    ("arch", "m"),
+    cuda_code.swept([name for name, arch in ARCHS.items() if not arch.wgmma], [2048, 16, 64]),
+)
 def test_instructions(arch, m):
     text = cuda_code.source(func(arch, m, 2048), arch)
     old = arch == "sm_75"

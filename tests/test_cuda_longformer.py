@@ -299,8 +299,7 @@ def func(arch, kernel, D=64, order=Order.ROW):
 KERNELS = ("attention", "global_tokens", "gather_global_rows")
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("arch", "kernel"), cuda_code.swept(ARCHS, KERNELS))
 def test_tvm_verifies(arch, kernel):
     cuda_code.verify(func(arch, kernel), arch)
 

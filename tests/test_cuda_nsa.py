@@ -304,9 +304,11 @@ def source(arch, *args):
     return cuda_code.source(func(arch, *args), arch)
 
 
-@pytest.mark.parametrize("arch", architectures.ARCHS)
-@pytest.mark.parametrize(("dtype", "head_size"), [("float16", 192), ("bfloat16", 64)])
-def test_tvm_verifies(dtype, head_size, arch):
+@pytest.mark.parametrize(
+    ("arch", "dtype", "head_size"),
+    cuda_code.swept(architectures.ARCHS, [("float16", 192), ("bfloat16", 64)]),
+)
+def test_tvm_verifies(arch, dtype, head_size):
     cuda_code.verify(func(arch, dtype, head_size, min(head_size, 128)), arch)
 
 

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
 import pytest
+from compile_once import compile_once
 from hosts import available, on
 
 import opferry
@@ -42,7 +43,7 @@ def int8(rng, *shape):
 
 def compiled(feeds, attrs, initializers=(), symbolic=None, target="llvm", op=OP):
     model = node_model(op, feeds, initializers=initializers, symbolic=symbolic, **attrs)
-    return opferry.compile(model, target)
+    return compile_once(model, target)
 
 
 def run(module, feeds):

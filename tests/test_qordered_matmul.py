@@ -7,6 +7,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from compile_once import compile_once
 from hosts import on
 
 import opferry
@@ -34,7 +35,7 @@ def int8(rng, *shape):
 
 def compiled(feeds, attrs, initializers=(), symbolic=None, target="llvm"):
     model = node_model(OP, feeds, initializers=initializers, symbolic=symbolic, **attrs)
-    return opferry.compile(model, target)
+    return compile_once(model, target)
 
 
 def run(module, feeds):

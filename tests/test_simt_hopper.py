@@ -17,7 +17,7 @@ def fields(mode, leading, stride):
     return mode << 62 | (stride >> 4) << 32 | (leading >> 4) << 16
 
 
-def product(a_fields, b_fields, a_at=0, b_at=0, n=32, skip="", order="copy wait", phase=0):
+def product(a_fields, b_fields, a_at=0, b_at=0, n=32, skip="", phase=0, align=1024):
     """d = a @ b of one warpgroup on bytes as they shall lie in shared memory.
 
     skip: a step to leave out, or one to add.
@@ -34,7 +34,7 @@ def product(a_fields, b_fields, a_at=0, b_at=0, n=32, skip="", order="copy wait"
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                sm = T.alloc_buffer((2 * SIZE + 8,), "int8", scope="shared.dyn")
+                sm = T.alloc_buffer((2 * SIZE + 8,), "int8", scope="shared.dyn", align=align)
                 acc = T.alloc_buffer((registers,), "uint32", scope="local")
                 over = T.alloc_buffer((1,), "uint32", scope="local")
                 for i in T.unroll(registers):
@@ -68,15 +68,21 @@ def product(a_fields, b_fields, a_at=0, b_at=0, n=32, skip="", order="copy wait"
                         T.ptx["mbarrier.try_wait.parity.shared::cta.b64"](
                             over[0], T.address_of(sm[2 * SIZE]), T.uint32(phase)
                         )
-                if skip == "store" or skip == "store, fence":
+                if skip.startswith("store"):
                     sm[tx] = sm[tx]
                     if skip == "store, fence":
                         T.ptx["fence.proxy.async.shared::cta"]()
+                    if skip == "store, global fence":
+                        T.ptx["fence.proxy.async.global"]()
                     T.cuda.cta_sync()
+                    if skip == "store, late fence":
+                        T.ptx["fence.proxy.async.shared::cta"]()
                 if skip != "fence":
                     T.ptx["wgmma.fence.sync.aligned"]()
                 if skip == "write":
                     acc[0] = T.uint32(6)
+                if skip == "write the same":
+                    acc[0] = acc[0]
                 T.ptx[mma](
                     *[acc[i] for i in range(registers)],
                     T.uint64(a_fields >> 32) << T.uint64(32)
@@ -101,6 +107,8 @@ def product(a_fields, b_fields, a_at=0, b_at=0, n=32, skip="", order="copy wait"
                     sm[SIZE + tx] = T.int8(0)
                 if skip == "reuse":
                     acc[0] = T.uint32(0)
+                if skip == "reuse, the same":
+                    acc[0] = acc[0]
                 T.ptx["wgmma.wait_group.sync.aligned"](1 if skip == "done" else 0)
                 if skip != "read":
                     for i in T.unroll(registers):
@@ -175,10 +183,14 @@ ERRORS = {
     "sync": r"read of byte 32768 of sm .* no (cta|warp)_sync since thread 0 wrote it",
     "wait": "wgmma reads byte 0 of sm .* written by a copy in flight",
     "store": "wgmma of byte 0 of sm .* with no fence.proxy.async since it was written",
+    "store, global fence": "with no fence.proxy.async since it was written",
+    "store, late fence": "or no barrier since that fence",
     "fence": "register 0 of acc written since the last wgmma.fence",
     "write": "register 0 of acc written since the last wgmma.fence",
+    "write the same": "register 0 of acc written since the last wgmma.fence",
     "overwrite": "write near byte 16384 of sm .* while wgmma reads it",
     "reuse": "register 0 of acc written while wgmma writes it",
+    "reuse, the same": "register 0 of acc written while wgmma writes it",
     "done": "wgmma still in flight at the end",
     "commit": "wgmma still in flight at the end",
 }
@@ -257,8 +269,8 @@ def test_a_phase_that_is_not_over_yet():
 @pytest.mark.parametrize(
     ("descriptor", "at", "message"),
     [
-        (fields(1, 0, 1024), 128, "matrix at 0x80, not in the first row of 1024 bytes"),
-        (fields(1, 0, 1024), 112, "matrix at 0x70, not in the first row of 1024 bytes"),
+        (fields(1, 0, 1024), 128, "matrix at 0x480, not in the first row of 1024 bytes"),
+        (fields(1, 0, 1024), 112, "matrix at 0x470, not in the first row of 1024 bytes"),
         (fields(1, 0, 8192), 0, "wgmma outside"),
         (1 << 14, 0, "with reserved bits"),
     ],
@@ -266,6 +278,77 @@ def test_a_phase_that_is_not_over_yet():
 def test_descriptors_that_are_refused(descriptor, at, message):
     with pytest.raises(SimtError, match=message):
         run(product(descriptor, fields(1, 0, 1024), at), *zeros())
+
+
+@pytest.mark.parametrize("align", [-1, 512])
+def test_alignment_that_was_not_asked_for(align):
+    wide = fields(1, 0, 1024)
+    with pytest.raises(SimtError, match="not in the first row of 1024 bytes"):
+        run(product(wide, wide, align=align), *zeros())
+
+
+def test_vectors_where_the_buffer_is_aligned_to_less():
+    @T.prim_func(s_tir=True, private=True)
+    def func(y: T.Buffer((4,), "uint32")):
+        for _ in T.thread_binding(1, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                sm = T.alloc_buffer((64,), "uint8", scope="shared", align=8)
+                T.ptx["st.shared.v4.b32"](T.address_of(sm[0]), y[0], y[1], y[2], y[3])
+
+    with pytest.raises(SimtError, match=r"16-byte access to byte 0 of sm .* is not aligned"):
+        run(func, np.zeros(4, np.uint32))
+
+
+def two_shapes(fence):
+    """Products of 64 x 16 and of 64 x 8 that add to the same registers."""
+    wide = fields(1, 0, 1024)
+
+    @T.prim_func(s_tir=True, private=True)
+    def func(y: T.Buffer((128, 8), "int32")):
+        for tx in T.thread_binding(128, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                sm = T.alloc_buffer((8192,), "int8", scope="shared", align=1024)
+                acc = T.alloc_buffer((8,), "uint32", scope="local")
+                for i in range(64):
+                    sm[i * 128 + tx] = T.int8(1)
+                for i in T.unroll(8):
+                    acc[i] = T.uint32(0)
+                T.ptx["fence.proxy.async.shared::cta"]()
+                T.cuda.cta_sync()
+                matrix = T.Bind(
+                    T.uint64(wide >> 32) << T.uint64(32)
+                    | T.Cast("uint64", T.cuda.cvta_generic_to_shared(T.address_of(sm[0])))
+                    >> T.uint64(4)
+                )
+                T.ptx["wgmma.fence.sync.aligned"]()
+                for _ in T.unroll(2):
+                    T.ptx["wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"](
+                        *[acc[i] for i in range(8)], matrix, matrix, T.ptx.pred(T.bool(True))
+                    )
+                if fence:
+                    T.ptx["wgmma.fence.sync.aligned"]()
+                T.ptx["wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8"](
+                    *[acc[i] for i in range(4)], matrix, matrix, T.ptx.pred(T.bool(True))
+                )
+                T.ptx["wgmma.commit_group.sync.aligned"]()
+                T.ptx["wgmma.wait_group.sync.aligned"](0)
+                for i in T.unroll(8):
+                    y[tx, i] = T.reinterpret("int32", acc[i])
+
+    return func
+
+
+def test_accumulators_of_two_shapes():
+    y = np.zeros((128, 8), np.int32)
+    run(two_shapes(True), y)
+    assert_array_equal(y, np.broadcast_to([96] * 4 + [64] * 4, (128, 8)))
+    message = "register 0 of acc used by wgmma of another shape since the last wgmma.fence"
+    with pytest.raises(SimtError, match=message):
+        run(two_shapes(False), y)
 
 
 def transposed_product(kind, fields, n=128, written=False):
@@ -282,7 +365,7 @@ def transposed_product(kind, fields, n=128, written=False):
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                sm = T.alloc_buffer((8192,), "uint16", scope="shared")
+                sm = T.alloc_buffer((8192,), "uint16", scope="shared", align=1024)
                 acc = T.alloc_buffer((registers,), "float32", scope="local")
                 left = T.alloc_buffer((4,), "uint32", scope="local")
                 for i in range(64):
@@ -388,3 +471,99 @@ def test_phases_of_a_barrier():
     x, y = np.arange(192, dtype=np.int32).reshape(3, 64), np.zeros((3, 64), np.int32)
     run(func, x, y)
     assert_array_equal(y, x[:, ::-1])
+
+
+def copies_in_turn(behind):
+    """One thread orders each copy as soon as it has seen the one before land; behind: once all
+    have."""
+
+    @T.prim_func(s_tir=True, private=True)
+    def func(x: T.Buffer((3, 64), "int32"), y: T.Buffer((3, 64), "int32")):
+        for tx in T.thread_binding(64, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                sm = T.alloc_buffer((192,), "int32", scope="shared")
+                barrier = T.alloc_buffer((1,), "uint64", scope="shared")
+                over = T.alloc_buffer((1,), "uint32", scope="local")
+                if tx == 0:
+                    T.ptx["mbarrier.init.shared::cta.b64"](T.address_of(barrier[0]), T.uint32(1))
+                    T.ptx["fence.mbarrier_init.release.cluster"]()
+                T.cuda.cta_sync()
+                for turn in range(3):
+                    if tx == 0:
+                        T.ptx["mbarrier.arrive.expect_tx.shared::cta.b64"](
+                            T.address_of(barrier[0]), T.uint32(256)
+                        )
+                        T.ptx[BULK](
+                            T.address_of(sm[turn * 64]),
+                            T.address_of(x[turn, 0]),
+                            T.uint32(256),
+                            T.address_of(barrier[0]),
+                        )
+                    over[0] = T.uint32(0)
+                    while over[0] == T.uint32(0):
+                        T.ptx["mbarrier.try_wait.parity.shared::cta.b64"](
+                            over[0], T.address_of(barrier[0]), T.Cast("uint32", turn % 2)
+                        )
+                    y[turn, tx] = sm[turn * 64 + 63 - tx]
+                    if behind:
+                        T.cuda.cta_sync()
+
+    return func
+
+
+def test_a_phase_that_may_end_before_the_one_before_is_seen():
+    x, y = np.arange(192, dtype=np.int32).reshape(3, 64), np.zeros((3, 64), np.int32)
+    run(copies_in_turn(True), x, y)
+    assert_array_equal(y, x[:, ::-1])
+    message = "phase 1 may end before phase 0 is seen: .* thread 1$"
+    with pytest.raises(SimtError, match=message):
+        run(copies_in_turn(False), x, y)
+
+
+def other_thread(fence):
+    """Thread 0 makes a barrier, thread 32 a copy on it; fence: before or after both meet."""
+
+    @T.prim_func(s_tir=True, private=True)
+    def func(x: T.Buffer((4,), "int32"), y: T.Buffer((64,), "int32")):
+        for tx in T.thread_binding(64, "threadIdx.x"):
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                sm = T.alloc_buffer((4,), "int32", scope="shared")
+                barrier = T.alloc_buffer((1,), "uint64", scope="shared")
+                over = T.alloc_buffer((1,), "uint32", scope="local")
+                if tx == 0:
+                    T.ptx["mbarrier.init.shared::cta.b64"](T.address_of(barrier[0]), T.uint32(1))
+                    if fence == "before":
+                        T.ptx["fence.mbarrier_init.release.cluster"]()
+                T.cuda.cta_sync()
+                if tx == 0 and fence == "after":
+                    T.ptx["fence.mbarrier_init.release.cluster"]()
+                if tx == 32:
+                    T.ptx["mbarrier.arrive.expect_tx.shared::cta.b64"](
+                        T.address_of(barrier[0]), T.uint32(16)
+                    )
+                    T.ptx[BULK](
+                        T.address_of(sm[0]),
+                        T.address_of(x[0]),
+                        T.uint32(16),
+                        T.address_of(barrier[0]),
+                    )
+                over[0] = T.uint32(0)
+                while over[0] == T.uint32(0):
+                    T.ptx["mbarrier.try_wait.parity.shared::cta.b64"](
+                        over[0], T.address_of(barrier[0]), T.uint32(0)
+                    )
+                y[tx] = sm[tx % 4]
+
+    return func
+
+
+def test_a_barrier_is_there_for_copies_of_other_threads():
+    x, y = np.arange(4, dtype=np.int32), np.zeros(64, np.int32)
+    run(other_thread("before"), x, y)
+    assert_array_equal(y, np.tile(x, 16))
+    with pytest.raises(SimtError, match=r"cp\.async\.bulk on an mbarrier with no fence since"):
+        run(other_thread("after"), x, y)

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from compile_once import compile_once
 from hosts import on
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -35,7 +36,7 @@ def build(feeds, *, target="llvm", constant=(), symbolic=None, outputs=None, **a
     if "atten_mask" in feeds and feeds["atten_mask"] is CAUSAL:
         constant = (*constant, "atten_mask")
     model = node_model(OP, feeds, outputs, constant, symbolic, **attrs)
-    return opferry.compile(model, target)
+    return compile_once(model, target)
 
 
 def run(module, feeds):

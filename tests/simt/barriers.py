@@ -10,22 +10,52 @@ import dataclasses
 import numpy as np
 
 from .memory import POISON, Region, Shared
-from .races import SimtError
+from .races import WARP, SimtError
 
 ALIGNMENT = 16  # of bulk copies, and of their sizes
 
 
 @dataclasses.dataclass
 class Barrier:
-    """`phase` is the number of the current phase, the rest what it still misses."""
+    """`phase` is the number of the current phase; `missing`, `bytes` and `copies` what it lacks."""
 
     arrivals: int
     thread: int  # that made it
     missing: int
     bytes: int = 0
     phase: int = 0
-    published: bool = False
+    published: int | None = None  # epoch of its maker's fence
     copies: list = dataclasses.field(default_factory=list)  # (region, offset, bytes)
+    awaited: int | None = None  # the phase that the block waited for last, and in which epoch
+    epoch: int = 0
+    heard: object = None  # bool [threads]: an arrival of the current phase is behind their wait
+
+    def arrived(self, block):
+        """Phases are known by their parity: one that ends while a thread may still wait for the
+        phase before would keep that thread waiting for the next."""
+        if self.heard is None:
+            return
+        threads = block.lane[block.active()]
+        seen = block.order.seen[np.unique(threads // WARP)].max(0)
+        self.heard |= seen[block.lane // WARP] >= self.epoch
+        self.heard[threads] = True
+
+    def waited(self, block, phase):
+        self.awaited, self.epoch = phase, block.order.epoch
+        self.heard = np.zeros(block.threads, bool)
+
+    def advance(self, block):
+        """To the next phase, if nothing is missing."""
+        if self.missing or self.bytes or self.copies:
+            return
+        if self.awaited == self.phase - 1 and not self.heard.all():
+            late = int(self.heard.argmin())
+            raise SimtError(
+                f"an mbarrier whose phase {self.phase} may end before phase {self.awaited} is seen:"
+                f" no arrival is behind the wait, {block.place(late)}"
+            )
+        self.phase += 1
+        self.missing = self.arrivals
 
 
 class Barriers:
@@ -45,9 +75,11 @@ class Barriers:
         return found
 
     def publish(self, block):
-        """Barriers that active threads made are there for bulk copies."""
+        """Barriers that active threads made are there for bulk copies behind this."""
+        epoch = block.order.moment()
         for barrier in self.known.values():
-            barrier.published |= bool(block.active()[barrier.thread])
+            if barrier.published is None and block.active()[barrier.thread]:
+                barrier.published = epoch
 
     def in_flight(self):
         return any(barrier.copies for barrier in self.known.values())
@@ -83,8 +115,9 @@ def publish(block, mods):
 
 
 def fence_proxy(block, mods):
-    """Orders what the active threads did before what copies and products do after."""
-    if mods["proxykind"] == "async":
+    """Orders what the active threads did in shared memory before what copies and products do
+    after."""
+    if mods["proxykind"] == "async" and mods["space"] != "global":
         block.barriers.publish(block)
         block.order.fence(block.active())
 
@@ -98,14 +131,8 @@ def arrive(block, mods, addr, state=None, count=None, tx_count=None):
         raise SimtError(f"mbarrier.arrive more often than {barrier.arrivals}, {block.place()}")
     if tx_count is not None:
         barrier.bytes += int(tx_count[0][active].sum())
-    advance(barrier)
-
-
-def advance(barrier):
-    """To the next phase, if nothing is missing."""
-    if not barrier.missing and not barrier.bytes and not barrier.copies:
-        barrier.phase += 1
-        barrier.missing = barrier.arrivals
+    barrier.arrived(block)
+    barrier.advance(block)
 
 
 def copy(block, mods, dst_mem, src_mem, size, mbar):
@@ -120,12 +147,13 @@ def copy(block, mods, dst_mem, src_mem, size, mbar):
         pointer.require_aligned(block, ALIGNMENT)
         block.checked(pointer.region, block.lanes_of(pointer.offset), count)
     barrier = block.barriers.at(block, mbar, "cp.async.bulk")
-    if not barrier.published:
+    seen = block.order.seen[thread // WARP, barrier.thread // WARP]
+    if barrier.published is None or (thread != barrier.thread and barrier.published > seen):
         raise SimtError(f"cp.async.bulk on an mbarrier with no fence since, {block.place(thread)}")
     target, source = (int(block.lanes_of(p.offset)[thread]) for p in (dst_mem, src_mem))
     where = np.arange(target, target + count)
     region = dst_mem.region
-    region.history.require_fenced(block, where, "cp.async.bulk")
+    region.history.require_fenced(block, where, np.array([thread]), "cp.async.bulk")
     region.note(block, target, count, "write", in_flight=True)
     barrier.copies.append((region, where, src_mem.region.data[source : source + count].copy()))
     region.data[where] = POISON
@@ -147,5 +175,6 @@ def wait(block, mods, addr, phase, time_hint=None):
             region.data[where] = data
             region.history.landed_for_all(where)
         barrier.bytes, barrier.copies = 0, []
-        advance(barrier)
+        barrier.advance(block)
+    barrier.waited(block, barrier.phase - 1)
     return [np.ones(block.threads, np.uint32)]

@@ -7,6 +7,8 @@ from .memory import AsyncCopies, Pointer
 from .races import WARP, Order, SimtError
 from .warpgroup import Products
 
+MOST_ALIGNED = 2048  # bytes; twice what any instruction wants
+
 
 class Block:
     """State of a running block; `mask` is None while all threads are active."""
@@ -24,10 +26,11 @@ class Block:
     def active(self):
         return self.everyone if self.mask is None else self.mask
 
-    def shared_bytes(self):
-        """The address where the next shared buffer begins."""
+    def shared_address(self, alignment):
+        """Where the next shared buffer begins: as declared and, lest a kernel rely on chance, no
+        better, nor in the first bytes of what a matrix wants."""
         end = max((region.base + len(region.data) for region in self.regions), default=0)
-        return -(-end // 1024) * 1024
+        return -(-(end + alignment) // MOST_ALIGNED) * MOST_ALIGNED - alignment
 
     def lanes_of(self, value):
         """The value by thread: [threads]."""

@@ -106,7 +106,7 @@ class Pointer:
         self.region.write(block, block.lanes_of(self.offset), values)
 
     def require_aligned(self, block, size):
-        bad = (block.lanes_of(self.offset) % size != 0) & block.active()
+        bad = (block.lanes_of(self.number()) % size != 0) & block.active()
         if bad.any():
             thread = int(bad.argmax())
             raise SimtError(

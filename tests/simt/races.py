@@ -36,29 +36,50 @@ class Order:
         self.seen = np.zeros((warps, 34), np.int64)
         self.seen[:, ASYNC_COLUMN] = -1  # nothing is behind a copy in flight
         self.epoch = 1
-        self.fenced = np.zeros(warps * WARP, np.int64)  # last epoch before a proxy fence, by thread
+        # The epoch of each thread's last proxy fence, and the same as the threads of a warp know.
+        self.fenced = np.zeros(warps * WARP, np.int64)
+        self.released = np.zeros((warps, warps * WARP), np.int64)
         self.clean = self.epoch << ID_BITS  # tags below are behind a barrier of the block
 
     def barrier(self):
         self.seen[:, :ASYNC_COLUMN] = self.epoch
+        self.released[:] = self.fenced
         self.epoch += 1
         self.clean = self.epoch << ID_BITS
 
     def warp_barrier(self, warps):
         """warps: their numbers."""
         self.seen[warps, warps] = self.epoch
+        lanes = warps[:, None] * WARP + np.arange(WARP)
+        self.released[warps[:, None], lanes] = self.fenced[lanes]
         self.epoch += 1
 
-    def fence(self, active):
-        """Copies and products see what these threads [threads] did so far."""
-        self.fenced[: len(active)][active] = self.epoch
+    def moment(self):
+        """An epoch that only the barriers from here on are behind."""
         self.epoch += 1
+        return self.epoch - 1
+
+    def fence(self, active):
+        """What these threads [threads] wrote so far is there for copies and products that are
+        behind a barrier from here on, or their own."""
+        self.fenced[: len(active)][active] = self.moment()
+
+    def fences_known(self, threads):
+        """[threads of the block]: the last proxy fence of each that all given threads know of."""
+        known = self.released[np.unique(threads // WARP)].min(0)
+        if len(threads) == 1:
+            known[threads] = self.fenced[threads]
+        return known
 
     def join(self, warps):
         """A barrier among some warps, by their numbers."""
         joined = self.seen[warps, :WARP].max(0)
         joined[warps] = self.epoch
         self.seen[warps[:, None], np.arange(WARP)] = joined
+        released = self.released[warps].max(0)
+        lanes = (warps[:, None] * WARP + np.arange(WARP)).reshape(-1)
+        released[lanes] = self.fenced[lanes]
+        self.released[warps] = released
         for warp in warps:
             others = np.delete(self.seen[warp, : len(self.seen)], warp)
             self.seen[warp, MANY_COLUMN] = others.min(initial=self.epoch)
@@ -122,17 +143,18 @@ class History:
         """Bulk copies to these bytes are complete, as all threads and products know."""
         self.writer[where] = 0
 
-    def read_by_products(self, block, where, warps):
+    def read_by_products(self, block, where, threads):
         """Judge a wgmma of the threads of some warps, and remember it until it is done."""
         tags = self.writer[where]
         who = tags & WHO
-        bad = (tags >> ID_BITS) > block.order.seen[np.unique(warps)].min(0)[COLUMN[who]]
+        seen = block.order.seen[np.unique(threads // WARP)].min(0)
+        bad = (tags >> ID_BITS) > seen[COLUMN[who]]
         if bad.any():
             at = bad.argmax()
             whom = "a copy in flight" if who[at] == ASYNC else "threads with no cta_sync since"
             byte = self.region.describe(int(where[at]))
             raise SimtError(f"wgmma reads {byte}, written by {whom}, {block.place()}")
-        self.require_fenced(block, where, "wgmma")
+        self.require_fenced(block, where, threads, "wgmma")
         self.reading[where] += 1
         self.products += 1
 
@@ -141,16 +163,19 @@ class History:
         self.products -= 1
         self.reader[where] = block.order.epoch << ID_BITS | MANY
 
-    def require_fenced(self, block, where, what):
-        """Raise for bytes whose writer has not executed a proxy fence since."""
+    def require_fenced(self, block, where, threads, what):
+        """Raise for bytes whose writer has not executed a proxy fence since, or not before the last
+        barrier between it and the given threads."""
         tags = self.writer[where]
         who = tags & WHO
-        fenced = np.where(who < WARP_ID, block.order.fenced[np.where(who < WARP_ID, who, 0)], 0)
+        known = block.order.fences_known(threads)
+        fenced = np.where(who < WARP_ID, known[np.where(who < WARP_ID, who, 0)], 0)
         late = (tags >> ID_BITS) > fenced
         if late.any():
             byte = self.region.describe(int(where[late.argmax()]))
             raise SimtError(
-                f"{what} of {byte} with no fence.proxy.async since it was written, {block.place()}"
+                f"{what} of {byte} with no fence.proxy.async since it was written, or no barrier"
+                f" since that fence, {block.place()}"
             )
 
     def merged(self, by, read, tags):

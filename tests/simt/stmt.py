@@ -56,11 +56,13 @@ class Statements(Expressions):
         slot, dtype, scope = self.slot(buffer), self.buffer_dtype(buffer), buffer.scope()
         shape, strides = self.shape(buffer)
         if scope.startswith("shared"):
+            alignment = int(buffer.ty.data_alignment)
 
             def run(block):
                 if block.env[slot] is None:
                     extents = evaluated(shape, block)
-                    region = Shared(buffer.name, nbytes(extents, dtype), block.shared_bytes())
+                    base = block.shared_address(alignment)
+                    region = Shared(buffer.name, nbytes(extents, dtype), base)
                     block.regions.append(region)
                     block.env[slot] = View(
                         buffer.name, region, dtype, extents, evaluated(strides, block)

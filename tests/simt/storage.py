@@ -5,6 +5,7 @@ import numpy as np
 from . import values
 from .memory import Pointer, Region
 from .races import SimtError
+from .registers import Watch
 
 
 class View:
@@ -78,8 +79,9 @@ class View:
 class Local:
     """Registers: an array [elements, threads]."""
 
-    def __init__(self, name, dtype, shape, strides, data):
+    def __init__(self, name, dtype, shape, strides, data, watch=None):
         self.name, self.dtype, self.shape = name, dtype, shape
+        self.watch = watch or Watch()
         self.strides = row_major(shape)
         if strides and strides != self.strides:
             raise NotImplementedError(f"local buffer {name} with strides {strides}")
@@ -101,6 +103,8 @@ class Local:
         at = self.at(block, indices)
         if isinstance(value, Pointer):
             value = value.number()
+        if self.watch.on:
+            self.watch.written(block, self, at)
         if isinstance(at, np.ndarray):
             active = block.active()
             value = np.broadcast_to(np.asarray(value, self.dtype), at.shape)
@@ -114,7 +118,7 @@ class Local:
         if elem_offset:
             raise NotImplementedError(f"{name}: a view of local {self.name} at an offset")
         data = self.data if dtype == self.dtype else self.data.T.view(dtype).T
-        return Local(name, dtype, shape, strides, data)
+        return Local(name, dtype, shape, strides, data, self.watch)
 
 
 def row_major(shape):

@@ -16,6 +16,7 @@ from . import warp_matrix
 from .barriers import uniform
 from .memory import POISON
 from .races import WARP, SimtError
+from .registers import FENCED, WORD, WRITTEN
 from .storage import Local
 
 GROUP = 4 * WARP
@@ -41,51 +42,47 @@ class Products:
 
     def __init__(self, threads):
         self.committed = np.zeros(threads, np.int64)  # groups, by thread
-        self.results = {}  # (address of the buffer, index) -> Result
+        self.results = {}  # (watch of the registers, index) -> Result
         self.reads = []  # (history, offsets, thread, group): shared memory, by first thread
-        self.operands = []  # (view, index, values, threads, group): registers of A
-        self.fenced = {}  # address of the buffer -> (its values, by thread whether known)
+        self.operands = []  # (watch, index, threads, group): registers of A
 
     def in_flight(self):
         return bool(self.reads) or any((r.group >= 0).any() for r in self.results.values())
 
     def fence(self, block):
         """What registers hold now is what products may read."""
-        active = block.active()
         for view in block.env:
-            if not isinstance(view, Local) or view.dtype.itemsize != 4:
-                continue
-            key = address(view)
-            values, known = self.fenced.get(key, (view.data, np.zeros(block.threads, bool)))
-            self.fenced[key] = np.where(active, view.data, values), known | active
+            if isinstance(view, Local) and view.dtype.itemsize == WORD:
+                view.watch.fence(view.data.shape, block.active())
 
-    def require_fenced(self, block, view, index, threads):
-        values, known = self.fenced.get(address(view), (None, None))
-        if (
-            values is None
-            or not known[threads].all()
-            or (bits(values[index][threads]) != bits(view.data[index][threads])).any()
-        ):
-            raise SimtError(
-                f"wgmma with register {index} of {view.name} written since the last wgmma.fence,"
-                f" {block.place(int(threads[0]))}"
-            )
+    def require_usable(self, block, view, index, threads, shape=FENCED):
+        """Raise for a register that a thread or a product of another shape had since the fence."""
+        watch = view.watch
+        usable = watch.usable(index, threads, shape) if watch.on else np.zeros(len(threads), bool)
+        if usable.all():
+            return
+        written = not watch.on or watch.state[index][threads[usable.argmin()]] == WRITTEN
+        had = "written" if written else "used by wgmma of another shape"
+        raise SimtError(
+            f"wgmma with register {index} of {view.name} {had} since the last wgmma.fence,"
+            f" {block.place(int(threads[0]))}"
+        )
 
-    def accumulators(self, block, places, threads):
+    def accumulators(self, block, places, threads, shape):
         """uint32 [registers, threads], those in flight as they will be."""
         found = []
         for view, index in places:
-            result = self.results.get((address(view), index))
+            self.require_usable(block, view, index, threads, shape)
+            result = self.results.get((view.watch, index))
             if result is not None and (result.group[threads] >= 0).all():
                 found.append(result.value[threads])
-                continue
-            self.require_fenced(block, view, index, threads)
-            found.append(bits(view.data[index][threads]))
+            else:
+                found.append(bits(view.data[index][threads]))
         return np.stack(found)
 
-    def issue(self, places, threads, values):
+    def issue(self, places, threads, values, shape):
         for (view, index), value in zip(places, values):
-            key = address(view), index
+            key = view.watch, index
             if key not in self.results:
                 size = len(self.committed)
                 group = np.full(size, -1, np.int64)
@@ -94,9 +91,11 @@ class Products:
             result.value[threads] = value
             result.group[threads] = self.committed[threads]
             bits(view.data[index])[threads] = poison()
+            view.watch.state[index, threads] = shape
+            view.watch.result[index, threads] = True
 
     def read(self, block, region, offsets, threads):
-        region.history.read_by_products(block, offsets, threads // WARP)
+        region.history.read_by_products(block, offsets, threads)
         self.reads.append((region.history, offsets, threads[0], self.committed[threads[0]]))
 
     def commit(self, block):
@@ -105,34 +104,20 @@ class Products:
     def wait(self, block, groups):
         """Land all but the last `groups` groups of the active threads."""
         done = np.where(block.active(), self.committed - groups, -1)
-        for view, index, values, threads, group in self.operands:
-            if group < done[threads[0]] and (view.data[index][threads] != values).any():
-                raise SimtError(
-                    f"register {index} of {view.name} written while wgmma reads it,"
-                    f" {block.place(int(threads[0]))}"
-                )
-        self.operands = [entry for entry in self.operands if entry[4] >= done[entry[3][0]]]
-        for (key, index), result in self.results.items():
+        for watch, index, threads, group in self.operands:
+            if group < done[threads[0]]:
+                watch.operands[index, threads] -= 1
+        self.operands = [entry for entry in self.operands if entry[3] >= done[entry[2][0]]]
+        for (watch, index), result in self.results.items():
             landed = (result.group >= 0) & (result.group < done)
-            if not landed.any():
-                continue
-            held = bits(result.view.data[index])
-            if (held[landed] != poison()).any():
-                raise SimtError(
-                    f"register {index} of {result.view.name} written while wgmma writes it,"
-                    f" {block.place(int(landed.argmax()))}"
-                )
-            held[landed] = result.value[landed]
-            bits(self.fenced[key][0][index])[landed] = result.value[landed]
+            bits(result.view.data[index])[landed] = result.value[landed]
+            watch.result[index, landed] = False
             result.group[landed] = -1
+        self.results = {key: r for key, r in self.results.items() if (r.group >= 0).any()}
         for history, offsets, thread, group in self.reads:
             if group < done[thread]:
                 history.read_by_products_done(block, offsets)
         self.reads = [entry for entry in self.reads if entry[3] >= done[entry[2]]]
-
-
-def address(view):
-    return view.data.__array_interface__["data"][0]
 
 
 def bits(values):
@@ -175,10 +160,11 @@ def mma(block, mods, d, b_desc, scale_d, a_desc=None, a=None, **immediates):
     a_type, b_type = (np.dtype(TYPES[mods[x]]) for x in ("atype", "btype"))
     whole = a_type.itemsize == 1
     exact = np.float64 if whole else np.float32  # for the products
-    n = int(mods["shape"].split("n")[1].split("k")[0])
+    n, k = map(int, mods["shape"].split("n")[1].split("k"))
+    shape = n << 8 | k
     products = block.products
     for threads in warpgroups(block, "wgmma"):
-        accumulators = products.accumulators(block, d, threads)
+        accumulators = products.accumulators(block, d, threads, shape)
         if a_desc is not None:
             left = operand(block, a_desc, ROWS, threads, a_type, immediates.get("trans_a", 0))
         else:
@@ -188,7 +174,7 @@ def mma(block, mods, d, b_desc, scale_d, a_desc=None, a=None, **immediates):
         total = np.matmul(left.astype(exact), right.T.astype(exact)).astype(held.dtype)
         if uniform(block, scale_d[0], "wgmma"):
             total = total + gathered(held)
-        products.issue(d, threads, bits(scattered(total)))
+        products.issue(d, threads, bits(scattered(total)), shape)
 
 
 def gathered(values):
@@ -208,11 +194,16 @@ def registers(block, a, threads, dtype):
     """[64, K] from the A fragments of four warps."""
     values = []
     for view, index in a:
-        block.products.require_fenced(block, view, index, threads)
-        held = view.data[index][threads].copy()
+        block.products.require_usable(block, view, index, threads)
+        if view.watch.result[index][threads].any():
+            raise SimtError(
+                f"register {index} of {view.name} read while wgmma writes it,"
+                f" {block.place(int(threads[0]))}"
+            )
+        view.watch.operands[index, threads] += 1
         group = block.products.committed[threads[0]]
-        block.products.operands.append((view, index, held, threads, group))
-        values.append(held)
+        block.products.operands.append((view.watch, index, threads, group))
+        values.append(view.data[index][threads].copy())
     return warp_matrix.fragment_a(values, dtype).reshape(ROWS, -1)
 
 
