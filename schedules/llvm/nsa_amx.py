@@ -1,0 +1,6 @@
+def available(problem, target):
+    return False
+
+
+class TileTask:
+    pass
