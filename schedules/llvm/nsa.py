@@ -51,6 +51,9 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
     imports = bool(sources)
     refused = ("RuntimeError", [f"{p.label}: {x86_amx.REFUSED}"])
 
+    def position(turn, strip, strips):
+        return turn * strips + T.if_then_else(turn % 2 == 0, strip, strips - 1 - strip)
+
     @T.prim_func(s_tir=True, private=True)
     def attend_select(
         query: T.handle,
@@ -111,9 +114,8 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
                 task.begin()
                 for turn in range(T.ceildiv(tasks, strips)):
                     # Rows far back see more keys under a causal mask: to and fro.
-                    place: T.int64 = turn * strips + T.if_then_else(
-                        turn % 2 == 0, strip, strips - 1 - strip
-                    )
+                    place: T.int64 = position(turn, strip, strips)
+                    ahead: T.int64 = position(turn + 1, strip, strips) - place
                     find_sequence(found, QL, B, ROWS, T.min(place, tasks - 1))
                     b: T.int64 = found[0]
                     q0: T.int64 = start(QL, b)
@@ -123,7 +125,7 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
                         attend(
                             buffers, *packed, X, Mask, Forced, Max, Sum, Out, Indices,
                             h2, first_slot(KL, b, SLOT), q0, QL[b] - q0, t0, rows,
-                            KL[b] - start(KL, b),
+                            KL[b] - start(KL, b), ahead * ROWS,
                         )  # fmt: skip
                 task.end()
 

@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 
 _WORD, _HALF = 4, 2
 """Bytes."""
+_FOR_READING, _FOR_WRITING = (0, 2, 1), (1, 2, 1)
+"""Operands of ``llvm.prefetch``: read or write, into the second-level cache, data."""
 _SMALLEST = 2.0**-126
 _DEGREE = 4
 """Of the polynomial behind the weights: enough for results of half width."""
@@ -160,7 +162,7 @@ class TileTask:
         """V[h2][slot][column // 16][i][column % 16] = values i and i + 16."""
         DV = self.problem.value_size
 
-        def bits(i: Expr, column: Expr, dtype: str) -> Expr:
+        def bits(i: Expr, column: Expr) -> Expr:
             source = row + tir.min(i.astype("int64"), count - 1)
             value = Values[source, h2, tir.min(column, DV - 1)]
             word = tir.reinterpret("uint16", value).astype("uint32")
@@ -168,12 +170,12 @@ class TileTask:
             return tir.Select(inside, word, tir.const(0, "uint32"))
 
         with T.serial(SIDE) as i, T.serial(2 * self.strips) as panel, T.serial(SIDE) as c:
-            low, high = (bits(i + more, panel * SIDE + c, "uint32") for more in (0, SIDE))
+            low, high = (bits(i + more, panel * SIDE + c) for more in (0, SIDE))
             word = low | high << tir.const(16, "uint32")
             T.buffer_store(V, word, [h2, slot, panel, i, c])
 
     def _copy_row(self, rows: Buffer, at: Expr, source: Buffer, index, size: int) -> None:
-        """rows[at] = a row of bfloat16 as bits, continued by 0; negated where the scale is."""
+        """rows[at] = a row of bfloat16 as bits, continued by 0."""
         whole = size // BLOCK * BLOCK
 
         with T.serial(size // BLOCK) as strip:
@@ -279,7 +281,7 @@ class TileTask:
                 T.buffer_store(w.count, last, [1])
 
     def load_queries(self, w, X, token, rows, h2) -> None:
-        """Q [m]; rows beyond ``rows`` repeat the last one."""
+        """Q [m], negated where the scale is; rows beyond ``rows`` repeat the last one."""
         G = self.problem.group
         with T.serial(self.height) as m:
             source = (token + tir.min((m // G).astype("int64"), rows - 1), h2 * G + m % G)
@@ -379,11 +381,19 @@ class TileTask:
             for slot in range(2):
                 T.buffer_store(w.count, groups.astype("int32"), [slot])
 
-    def weigh(self, w, blocks) -> None:
-        """S = exp(S - M), P the same as pairs of bfloat16, total and inverse."""
+    def weigh(self, w, blocks, X, Out, token, h2, ahead) -> None:
+        """S = exp(S - M), P the same as pairs of bfloat16, total and inverse.
+
+        Asks for the row of the output, and for that of the queries of the next task.
+        """
+        G = self.problem.group
         low, zero = float32(-FLT_MAX), float32(0)
         sums = T.alloc_buffer((2, SIDE), "float32", scope="local")
         with T.serial(blocks * BLOCK) as m:
+            index = [token + m // G, h2 * G + m % G]
+            if self.wants_out:
+                _prefetch(Out, index, self.problem.value_size, _FOR_WRITING)
+            _prefetch(X, [index[0] + ahead, index[1]], self.problem.head_size, _FOR_READING)
             base = T.Bind(tir.Select(w.top[m] == low, zero, w.top[m]))
             for side in range(2):
                 T.buffer_store(sums, tir.Broadcast(zero, SIDE), [side, ramp(0, SIDE)])
@@ -527,7 +537,24 @@ def _attending(task: TileTask):
 
     @TS.inline
     def attend(
-        w, K, V, X, Mask, Forced, Max, Sum, Out, Indices, h2, slot, q0, length, t0, rows, keys
+        w,
+        K,
+        V,
+        X,
+        Mask,
+        Forced,
+        Max,
+        Sum,
+        Out,
+        Indices,
+        h2,
+        slot,
+        q0,
+        length,
+        t0,
+        rows,
+        keys,
+        ahead,
     ):
         blocks: TS.int64 = TS.ceildiv(rows * G, BLOCK)
         if has_mask:
@@ -539,7 +566,7 @@ def _attending(task: TileTask):
         if has_mask and not p.zero_masked_rows:
             task.uncover(w, blocks, keys)
         if wants_weights:
-            task.weigh(w, blocks)
+            task.weigh(w, blocks, X, Out, q0 + t0, h2, ahead)
         if wants_out:
             task.multiply_values(w, V, Out, h2, slot, q0 + t0, rows, blocks)
         if wants_max or wants_sum:
@@ -553,6 +580,13 @@ def _attending(task: TileTask):
                 select_blocks(w.score, 0, Indices, q0 + t0 + row, h2, p.blocks(keys))
 
     return attend
+
+
+def _prefetch(buffer: Buffer, index: list[Expr], size: int, how: tuple[int, ...]) -> None:
+    """Ask for a row of bfloat16."""
+    for first in range(0, size, x86_amx.ROW_BYTES // _HALF):
+        address = tir.address_of(buffer[(*index, first)])
+        T.evaluate(tir.call_intrin("void", "tirx.prefetch", address, *how))
 
 
 def _bytes(Mask: Buffer, row: Expr, first: Expr) -> Expr:

@@ -103,7 +103,7 @@ def most_groups(task: Task, key_tokens: Expr) -> Expr:
 
 def _attending(task: Task):
     """An inline ``attend(w, K, V, X, Mask, Forced, Max, Sum, Out, Indices, h2, slot, q0, length,
-    t0, rows, keys)``; see ``nsa``. w holds the buffers of ``allocate``.
+    t0, rows, keys, ahead)``; see ``nsa``. w holds the buffers of ``allocate``.
     """
     p, t = task.problem, task.tiles
     G, L, M, GROUP, KEYS = p.group, t.lanes, t.height, t.group, t.keys
@@ -265,7 +265,24 @@ def _attending(task: Task):
 
     @T.inline
     def attend(
-        w, K, V, X, Mask, Forced, Max, Sum, Out, Indices, h2, slot, q0, length, t0, rows, keys
+        w,
+        K,
+        V,
+        X,
+        Mask,
+        Forced,
+        Max,
+        Sum,
+        Out,
+        Indices,
+        h2,
+        slot,
+        q0,
+        length,
+        t0,
+        rows,
+        keys,
+        ahead,
     ):
         if has_mask:
             scan_mask(w.hide, w.some, Mask, t0, rows, keys)
