@@ -5,7 +5,7 @@ the output is weights times values. Keys lie across the lanes, so the G heads of
 its mask, their probabilities are added lane by lane, and the windows of selection go over one row
 instead of G. Keys and values are packed once per call, 32 keys at a time.
 
-        mask of the query rows staged       which groups of 32 keys does a row see?
+        mask of the query rows copied       which groups of 32 keys does a row see?
         Q copied                            [M][E], E = D rounded up to 32
         for key group that a row sees, 32 rows:  S = Q . K, minus infinity where masked
         for row:                            M, S = exp(S - M), L, weights as bfloat16
@@ -526,7 +526,7 @@ class TileTask:
 
 
 def _attending(task: TileTask):
-    """An inline ``attend``; see ``nsa``."""
+    """An inline ``attend`` with the arguments of that in ``nsa_vector``."""
     p = task.problem
     G = p.group
     has_mask = p.atten_mask is not None

@@ -103,7 +103,11 @@ def most_groups(task: Task, key_tokens: Expr) -> Expr:
 
 def _attending(task: Task):
     """An inline ``attend(w, K, V, X, Mask, Forced, Max, Sum, Out, Indices, h2, slot, q0, length,
-    t0, rows, keys, ahead)``; see ``nsa``. w holds the buffers of ``allocate``.
+    t0, rows, keys, ahead)``: ``rows`` query rows from t0 on of the sequence that has ``length`` of
+    them from packed row q0 on, and ``keys`` keys from ``slot`` on; all heads of key head h2.
+
+    w holds the buffers of ``allocate``. The thread's next task is ``ahead`` query rows further on,
+    unless a sequence ends.
     """
     p, t = task.problem, task.tiles
     G, L, M, GROUP, KEYS = p.group, t.lanes, t.height, t.group, t.keys
