@@ -258,12 +258,19 @@ class Nsa:
     @property
     def operations(self) -> float:
         """Of the pairs that a causal mask keeps: key c is complete at position c * d + l - 1."""
+        return 2.0 * self.pairs * (self.D + self.Dv)
+
+    @property
+    def pairs(self) -> float:
+        """Of a query and a key that it sees, of all heads."""
         visible = np.clip((np.arange(self.S) - self.l + 1) // self.d + 1, 0, self.compressed)
-        return 2.0 * self.N1 * float(visible.sum()) * (self.D + self.Dv)
+        return self.N1 * float(visible.sum())
 
     @property
     def work(self) -> dict[str, float]:
-        return {self.dtype: self.operations}
+        if self.dtype != "bf16" or bf16_instruction() == "bf16":
+            return {self.dtype: self.operations}
+        return {"bf16-amx": self.operations, "fp32": self.pairs * SOFTMAX_OPERATIONS}
 
 
 @dataclass(frozen=True)

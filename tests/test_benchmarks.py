@@ -112,6 +112,8 @@ def test_tiles_are_judged_by_tiles(monkeypatch):
     assert Matmul(2, 3, 5, "int8").work == {"int8-amx": 60}
     work = Attention(1, 2, 1, 3, 4, 8, "bf16").work
     assert work == {"bf16-amx": 4 * 2 * 3 * 4 * 8, "fp32": 22 * 2 * 3 * 4}
+    p = Nsa(S=256, D=64, dtype="bf16", N1=4, N2=1)
+    assert p.work == {"bf16-amx": p.operations, "fp32": 22 * p.operations / (2 * (64 + 128))}
 
 
 def test_work_by_hand():

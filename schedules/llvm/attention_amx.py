@@ -252,11 +252,11 @@ class TileTask(PairTile):
         def multiply(key: Callable[[int, Expr], Expr], stride: Expr | int) -> None:
             with T.serial(self.depth // BLOCK) as strip:
                 for i, tile in enumerate(LEFT):
-                    _load(tile, key(side * i, strip * BLOCK), stride)
+                    load_tile(tile, key(side * i, strip * BLOCK), stride)
                 for j, tile in enumerate(RIGHT):
                     query = self.queries[group * self.query_rows + strip * side, side * j]
-                    _load(tile, query, c.width * _WORD)
-                _multiply()
+                    load_tile(tile, query, c.width * _WORD)
+                multiply_tiles()
 
         if self.keys_in_place:
             with T.If(first + BLOCK <= self.at.S2):
@@ -268,7 +268,7 @@ class TileTask(PairTile):
             multiply(staged, self.depth * _HALF)
         for tile in range(4):
             score = self.scores[block * BLOCK + side * (tile // 2), side * (tile % 2)]
-            _store(tile, score, c.width * _WORD)
+            store_tile(tile, score, c.width * _WORD)
 
     def _key_stride(self) -> Expr:
         """Bytes from one key to the next."""
@@ -387,27 +387,27 @@ class TileTask(PairTile):
                 return self.output[row, side * (tile % 2)]
 
             for tile in range(4):
-                _load(tile, sums(tile), stride)
+                load_tile(tile, sums(tile), stride)
             with T.serial(blocks) as block:
                 for i, tile in enumerate(LEFT):
                     row = block * self.depth + strip * BLOCK + side * i
-                    _load(tile, self.value_tile[row, 0], x86_amx.ROW_BYTES)
+                    load_tile(tile, self.value_tile[row, 0], x86_amx.ROW_BYTES)
                 for j, tile in enumerate(RIGHT):
-                    _load(tile, self.weights[block * side, side * j], stride)
-                _multiply()
+                    load_tile(tile, self.weights[block * side, side * j], stride)
+                multiply_tiles()
             for tile in range(4):
-                _store(tile, sums(tile), stride)
+                store_tile(tile, sums(tile), stride)
 
 
-def _load(tile: int, element: Expr, pitch: Expr | int) -> None:
+def load_tile(tile: int, element: Expr, pitch: Expr | int) -> None:
     T.evaluate(x86_amx.load(tile, tir.address_of(element), pitch))
 
 
-def _store(tile: int, element: Expr, pitch: Expr | int) -> None:
+def store_tile(tile: int, element: Expr, pitch: Expr | int) -> None:
     T.evaluate(x86_amx.store(tile, tir.address_of(element), pitch))
 
 
-def _multiply() -> None:
+def multiply_tiles() -> None:
     """Tiles 0 to 3 += tiles of the left times tiles of the right."""
     for c, (left, right) in enumerate(product(LEFT, RIGHT)):
         T.evaluate(x86_amx.multiply_bf16(c, left, right))

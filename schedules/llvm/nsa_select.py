@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 WIDTH = 16
 """Scores of a row are filled up to whole vectors of so many; up to so many blocks are selected by
 sorting."""
-_TAKEN = -1.0  # below any score: a block already chosen, or beyond the last one
-_FORCED = 3.4028234663852886e38
+TAKEN = -1.0  # below any score: a block already chosen, or beyond the last one
+FORCED = 3.4028234663852886e38
 _NOWHERE = 2**31 - 1
 
 
@@ -27,7 +27,7 @@ def scoring(problem: Problem, lanes: int, height: int, front: int):
 
     S float32 [vector of rows][front + key][lanes] holds exp(S - M) of ``height`` product rows, head
     fastest, and 0 for as many keys before the first one and from ``last`` on as a window reaches.
-    inverse [product row] is 1 / L. Writes score [row][j], filled up with ``_TAKEN``.
+    inverse [product row] is 1 / L. Writes score [row][j], filled up with ``TAKEN``.
 
     The window goes over vectors of product rows, L blocks of them are transposed, and sums over
     heads are then sums of vectors.
@@ -41,7 +41,7 @@ def scoring(problem: Problem, lanes: int, height: int, front: int):
     def scored(total, Forced, t, j):
         if p.topk_mask is None:
             return total
-        return T.Select(T.Cast("int32", Forced[t, j]) != 0, T.float32(_FORCED), total)
+        return T.Select(T.Cast("int32", Forced[t, j]) != 0, T.float32(FORCED), total)
 
     @T.inline
     def window(sums, S, u, newest):
@@ -100,7 +100,7 @@ def scoring(problem: Problem, lanes: int, height: int, front: int):
                                 )
             for q in range(T.min(shared, rows - unit * shared)):
                 for j in range(T.ceildiv(blocks, WIDTH) * WIDTH - blocks):
-                    score[unit * shared + q, blocks + j] = T.float32(_TAKEN)
+                    score[unit * shared + q, blocks + j] = T.float32(TAKEN)
 
     return block_scores
 
@@ -197,7 +197,7 @@ def _by_rounds(problem: Problem, lanes: int):
         winner = T.alloc_buffer((1,), "int32", scope="local")
         for place in range(T.min(k, blocks)):
             for l in T.vectorized(L):
-                best[l] = T.float32(_TAKEN)
+                best[l] = T.float32(TAKEN)
             for l in T.vectorized(L):
                 where[l] = 0
             for chunk in range(T.ceildiv(blocks, L)):
@@ -213,7 +213,7 @@ def _by_rounds(problem: Problem, lanes: int):
             winner[0] = -max_lanes(load_lanes(where, [0], L))
             # Undefined input may score NaN, which no maximum equals: stay inside the row.
             winner[0] = T.min(winner[0], T.Cast("int32", blocks - 1))
-            score[row, T.Cast("int64", winner[0])] = T.float32(_TAKEN)
+            score[row, T.Cast("int64", winner[0])] = T.float32(TAKEN)
             Indices[token, h2, place] = winner[0]
         for place in range(k - T.min(k, blocks)):
             Indices[token, h2, blocks + place] = -1
