@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import mmap
 import os
 import re
 import struct
@@ -137,14 +138,14 @@ def test_inner_loop_keeps_its_tile_in_registers(target, m):
 )
 def test_inner_loop_of_tiles(m, n, loads, products):
     """A tile of A or B is loaded once for its products; sums stay in tiles."""
-    text = assembly(matmul(resolve("x86-amx"), n, 512, m))
+    text = assembly(matmul(resolve("x86-amx"), n, 4096, m))
     assert text.count("tdpbssd") % products == 0
     assert text.count("tileloadd") == text.count("tdpbssd") // products * loads
     if (m, n) == (96, 96):  # smaller ones are unrolled
         blocks = re.split(r"\n(?=\.LBB\w+:)", text)
-        (loop,) = [block for block in blocks if "tdpbssd" in block]
-        assert loop.count("tdpbssd") == products
-        assert "tilestored" not in loop
+        for loop in (block for block in blocks if "tdpbssd" in block):
+            assert loop.count("tdpbssd") == products
+            assert "tilestored" not in loop
 
 
 TILE_SIZES = [
@@ -153,6 +154,8 @@ TILE_SIZES = [
     (100, 100, [*range(1, 18), 31, 32, 33, 48, 49, 511]),
     (1000, 64, [1, 33]),
     (64, 4097, [1, 17, 33]),
+    (50, 5, [1, 17, 33, 100]),
+    (48, 3, [1, 16, 65]),
     (96, 192, [*range(1, 18), 33, 100, 511]),
 ]
 
@@ -171,6 +174,24 @@ def test_sizes_of_tiles(n, k, rows, batch):
         if m in (rows[0], rows[-1]):
             static = relax.VirtualMachine(matmul(target, n, k, m, batch), tvm.cpu())
             assert np.array_equal(static["main"](tensor(a), tensor(b)).numpy(), expected), m
+
+
+@pytest.mark.parametrize(("m", "k"), [(64, 17), (17, 1344), (64, 5), (100, 1008)])
+def test_nothing_is_read_beyond_a(m, k):
+    """A ends where the memory of the process does; tiles have 64 bytes of a row."""
+    page, size = mmap.PAGESIZE, m * k
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(base + pages * page), ctypes.c_size_t(page), 0) == 0
+    rng = np.random.default_rng(k)
+    a = np.frombuffer(memory, np.int8, size, pages * page - size).reshape(1, m, k)
+    a[:] = rng.integers(-128, 128, a.shape)
+    b = rng.integers(-128, 128, (1, 20, k)).astype(np.int8)
+    vm = relax.VirtualMachine(matmul(resolve(on("x86-amx")), 20, k, m), tvm.cpu())
+    y = vm["main"](tvm.runtime.from_dlpack(a), tensor(b)).numpy()
+    assert np.array_equal(y[0], a[0].astype(np.int64) @ b[0].astype(np.int64).T)
 
 
 def test_no_rows():

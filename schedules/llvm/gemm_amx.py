@@ -1,10 +1,11 @@
 """The int8 matmul on matrix tiles (AMX): one PrimFunc, the epilogue fused.
 
-    parallel row:                                     only where rows of A are not whole tiles of k
-        a packed, its rows padded with zeros
+    parallel row:                                     only where rows of A do not lie in one piece
+        a packed
     parallel task:
         configure the tiles
         for (batch, block of panels, row tile, panel of the block) of the task:
+            the end of the last rows of A aside       only where K ends inside of a step
             for step of 64 k:                         two tiles of A by two of B, four of sums
                 four loads, four products
                 some rows of the epilogue             of the turn before, read from `sums`
@@ -15,9 +16,11 @@ The products leave the vector units idle, and the epilogue has no use for the ti
 the core does both at a time. Rows of A stay in the first-level cache while the panels of a block
 pass, the block in the second, and neighbouring tiles of the output are written in turn.
 
-No row tile is short: the last one moves back over the one before it and computes its rows again, to
-the same values. With fewer than 16 rows in all, tiles are that low. B has the panels of
-``relay_ops.int8_matmul``, K padded to whole steps.
+All tiles are of one height, the one that divides M best; the last moves back over the one before
+it where rows are too few, and computes some again, to the same values. B has the panels of
+``relay_ops.int8_matmul``, K padded with zeros to whole steps. Whatever stands beyond K in a row of
+A meets these zeros, mostly the row that follows; only the last rows, beyond which the memory may
+not be ours, end in a scratch.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
     from ...relay_ops.int8_matmul import Problem
 
 _CHUNK = 32
-"""Values of k that packing copies at a time: what COL32 keeps together."""
+"""Values that are copied at a time, at most: what COL32 keeps together."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class AmxConfig:
     """Rows of the epilogue in a step of 64 k, up to which they are straight code."""
     task_steps: int = 256
     """At least, of a task: configuring the tiles and the last epilogue are to be little of it."""
+    epilogue_steps: int = 4
+    """As many steps take the time of a tile's epilogue, where there are not more to hide it."""
 
 
 CONFIG = AmxConfig()
@@ -95,17 +100,22 @@ class _Kernel:
         self.m = _int64(p.m)
         self.a_entry: Callable[..., Expr] = lambda z, row, k: p.a_entry(self.a, z, row, k)
         self.rows_a_step = -(-2 * amx.ROWS // self.steps)
+        self.rest = p.k % amx.DEPTH
+        self.beyond = -(-self.steps * amx.DEPTH // p.k) - 1
+        """Last rows of A from which a whole number of steps leads out of A."""
 
     def emit(self) -> None:
         p, c = self.p, self.c
         self._ask()
-        if p.a_run != p.k or p.k % amx.DEPTH:
+        if p.a_run != p.k or self.beyond > amx.ROWS:
             self._pack()
-        tiles = _bound(tirx.truncdiv(self.m + (2 * amx.ROWS - 1), _int64(2 * amx.ROWS)))
+        halves = tirx.truncdiv(self.m + (amx.ROWS - 1), _int64(amx.ROWS))
+        halves = _bound(tirx.max(halves, _int64(1)))
+        self.height = _bound(tirx.truncdiv(self.m + (halves - 1), halves))
+        tiles = _bound(tirx.min(tirx.truncdiv(halves + 1, _int64(2)), self.m))
         block = max(1, min(self.panels, c.block_bytes // (self.cols * self.steps * amx.DEPTH)))
         per_matrix = _bound(tiles * self.panels)
         total = _bound(per_matrix * p.batch)
-        self.height = _bound(tirx.min(self.m, _int64(amx.ROWS)))
         (tasks,) = opaque("int64", [self._tasks(total)])
         tasks = _bound(tasks)
         with T.parallel(tasks) as task:
@@ -119,7 +129,7 @@ class _Kernel:
                 (first,) = opaque("int64", [tirx.truncdiv(rest, tiles * block) * block])
                 width = tirx.min(self.panels - first, _int64(block))
                 tile, panel = _divided(rest - first * tiles, width)
-                place = opaque("int64", [z, first + panel, tile * (2 * amx.ROWS)])
+                place = opaque("int64", [z, first + panel, tile * (self.height * 2)])
                 self._tile(*place)
             with T.serial(self.pending[_ROWS]) as row:
                 self._finish_row(row)
@@ -127,9 +137,10 @@ class _Kernel:
 
     def _tasks(self, total: Expr) -> Expr:
         """Into how many the output's tiles are divided: a power of two, as cores are, or none."""
+        steps = max(self.steps, self.c.epilogue_steps)
         tasks = tirx.min(total, _int64(1))
         for i in range(1, self.c.tasks.bit_length()):
-            enough = total * self.steps >= self.c.task_steps << i
+            enough = total * steps >= self.c.task_steps << i
             tasks = tirx.Select(tirx.all(enough, total >= 1 << i), _int64(1 << i), tasks)
         return tasks
 
@@ -139,67 +150,137 @@ class _Kernel:
             T.evaluate(0)
 
     def _pack(self) -> None:
-        """``a`` becomes rows of whole steps."""
+        """``a`` becomes rows of whole steps; what pads them is left as it is."""
         p, source = self.p, self.a
         batch = _int64(source.shape[0])
         width = self.steps * amx.DEPTH
         packed = T.alloc_buffer((batch * self.m * width,), "int8")
         with T.parallel(batch * self.m) as index:
             z, row = _divided(index, self.m)
-            with T.serial(width // _CHUNK) as chunk, T.vectorized(_CHUNK) as lane:
-                k = chunk * _CHUNK + lane
-                value = p.a_entry(source, z, row, k)
-                if width != p.k:
-                    value = tirx.if_then_else(k < p.k, value, tirx.const(0, "int8"))
-                T.buffer_store(packed, value, [index * width + k])
+
+            def copy(k: Expr) -> None:
+                T.buffer_store(packed, p.a_entry(source, z, row, k), [index * width + k])
+
+            whole, rest = divmod(p.k, _CHUNK)
+            with T.serial(whole) as chunk, T.vectorized(_CHUNK) as lane:
+                copy(chunk * _CHUNK + lane)
+            _in_pieces(rest, lambda k: copy(whole * _CHUNK + k))
         self.a_entry = lambda z, row, k: packed[(z * self.m + row) * width + k]
+        self.rest = 0
 
     def _allocate(self) -> None:
-        """What a thread keeps: two scratches of sums, and which of them has no output yet."""
+        """What a thread keeps: two scratches of sums, and which of them has no output yet; and the
+        end of the last rows of a matrix of A, and of which.
+        """
         self.sums = T.alloc_buffer((2, 2 * amx.ROWS, self.cols), "int32", scope="local")
         self.pending = T.alloc_buffer((_FIELDS,), "int64", scope="local")
         for field in range(_FIELDS):
             T.buffer_store(self.pending, _int64(0), [field])
+        if self.rest:
+            size = 2 * amx.ROWS * amx.DEPTH
+            self.ends = T.alloc_buffer((size,), "int8", scope="local")
+            T.buffer_store(self.ends, tirx.const(0, "int8"), [size - 1])  # or TVM cuts it short
+            self.ends_of = T.alloc_buffer((1,), "int64", scope="local")
+            T.buffer_store(self.ends_of, _int64(-1), [0])
 
     def _tile(self, z: Expr, panel: Expr, first: Expr) -> None:
         """Rows ``first`` to ``first + 32`` of a panel, or those that there are."""
+        narrow = 0 < self.p.n % self.cols <= self.cols - amx.LANES
+        if not narrow:
+            self._tile_across(z, panel, first, self.across)
+            return
+        across = -(-(self.p.n % self.cols) // amx.LANES)
+        with T.If(panel < self.panels - 1):
+            with T.Then():
+                self._tile_across(z, panel, first, self.across)
+            with T.Else():
+                self._tile_across(z, panel, first, across)
+
+    def _tile_across(self, z: Expr, panel: Expr, first: Expr, across: int) -> None:
         both = _both(self.p.m)
         if both is not None:
-            self._sums(z, panel, first, 2 if both else 1)
+            self._sums(z, panel, first, 2 if both else 1, across)
             return
-        with T.If(first + amx.ROWS < self.m):
+        with T.If(first + self.height < self.m):
             with T.Then():
-                self._sums(z, panel, first, 2)
+                self._sums(z, panel, first, 2, across)
             with T.Else():
-                self._sums(z, panel, first, 1)
+                self._sums(z, panel, first, 1, across)
 
-    def _sums(self, z: Expr, panel: Expr, first: Expr, down: int) -> None:
+    def _sums(self, z: Expr, panel: Expr, first: Expr, down: int, across: int) -> None:
         """``down`` tiles of rows: products, and the epilogue of the rows before."""
         p = self.p
-        starts = [T.Bind(tirx.min(first + i * amx.ROWS, self.m - self.height)) for i in range(down)]
+        starts = [
+            T.Bind(tirx.min(first + i * self.height, self.m - self.height)) for i in range(down)
+        ]
         slot = T.Bind(_int64(1) - self.pending[_SLOT])
         za, zb = T.Bind(_int64(p.a_batch(z))), T.Bind(_int64(p.b_batch(z)))
-        pitch = self.steps * amx.DEPTH
-        grid = [(i, j) for i in range(down) for j in range(self.across)]
+        grid = [(i, j) for i in range(down) for j in range(across)]
         for i, j in grid:
             T.evaluate(amx.zero(_sum(i, j)))
-        with T.serial(self.steps) as step:
-            for j in range(self.across):
+        if self.rest:
+            self._set_aside(za, starts[-1])
+
+        pitch = p.k if self.rest else self.steps * amx.DEPTH
+
+        def load(i: int, step: Expr | int) -> None:
+            address = T.address_of(self.a_entry(za, starts[i], step * amx.DEPTH))
+            T.evaluate(amx.load(_a(i), address, pitch))
+
+        def load_last(i: int, step: int) -> None:
+            with T.If(self._leads_out(starts[i])):
+                with T.Then():
+                    aside = (starts[i] - self._first_aside()) * amx.DEPTH
+                    address = T.address_of(self.ends[aside])
+                    T.evaluate(amx.load(_a(i), address, amx.DEPTH))
+                with T.Else():
+                    load(i, step)
+
+        def products(step: Expr | int, load: Callable[[int, Expr | int], None]) -> None:
+            for j in range(across):
                 group, column = step * (amx.DEPTH // amx.GROUP), j * amx.LANES
                 address = T.address_of(self.b[zb, panel, group, column, 0])
                 T.evaluate(amx.load(_b(j), address, self.cols * amx.GROUP))
             for i in range(down):
-                address = T.address_of(self.a_entry(za, starts[i], step * amx.DEPTH))
-                T.evaluate(amx.load(_a(i), address, pitch))
-                for j in range(self.across):
+                load(i, step)
+                for j in range(across):
                     T.evaluate(amx.multiply(_sum(i, j), _a(i), _b(j)))
             self._finish_rows(step)
+
+        in_place = self.steps - 1 if self.rest else self.steps
+        with T.serial(in_place) as step:
+            products(step, load)
+        if self.rest:
+            products(in_place, load_last)
         for i, j in grid:
             address = T.address_of(self.sums[slot, i * amx.ROWS, j * amx.LANES])
             T.evaluate(amx.store(_sum(i, j), address, self.cols * 4))
-        fields = (down * amx.ROWS, slot, z, panel, starts[0], starts[-1])
+        fields = (down * self.height, slot, z, panel, starts[0], starts[-1])
         for field, value in enumerate(fields):
             T.buffer_store(self.pending, _int64(value), [field])
+
+    # The end of the last rows of A.
+
+    def _leads_out(self, row: Expr) -> Expr:
+        """Whether the last step of the tile of rows from ``row`` on leads out of A."""
+        return row + self.height + self.beyond > self.m
+
+    def _first_aside(self) -> Expr:
+        return tirx.max(self.m - (self.height + self.beyond), _int64(0))
+
+    def _set_aside(self, za: Expr, row: Expr) -> None:
+        """The last step of the last rows of matrix ``za``, if a tile from ``row`` on needs it."""
+        there = self.ends_of[0] == za
+        with T.If(tirx.all(self._leads_out(row), tirx.Not(there))), T.Then():
+            first = T.Bind(self._first_aside())
+            with T.serial(self.m - first) as i:
+
+                def copy(k: Expr) -> None:
+                    value = self.a_entry(za, first + i, (self.steps - 1) * amx.DEPTH + k)
+                    T.buffer_store(self.ends, value, [i * amx.DEPTH + k])
+
+                _in_pieces(self.rest, copy)
+            T.buffer_store(self.ends_of, za, [0])
 
     # Epilogue.
 
@@ -219,15 +300,13 @@ class _Kernel:
             finish(part)
 
     def _finish_row(self, row: Expr) -> None:
-        """Row ``row`` of the pending scratch to the output. Rows beyond the height of a low tile
-        repeat its last one.
-        """
-        half, inside = _divided(row, _int64(amx.ROWS))
-        inside = T.Bind(tirx.min(inside, self.height - 1))
+        """Row ``row`` of the pending scratch to the output."""
+        upper = row < self.height
+        inside = T.Bind(tirx.Select(upper, row, row - self.height))
         z, panel = T.Bind(self.pending[_Z]), T.Bind(self.pending[_PANEL])
-        start = tirx.Select(half == 0, self.pending[_FIRST], self.pending[_SECOND])
-        m = T.Bind(start + inside)
-        place = [T.Bind(self.pending[_SLOT]), T.Bind(half * amx.ROWS + inside)]
+        m = T.Bind(tirx.Select(upper, self.pending[_FIRST], self.pending[_SECOND]) + inside)
+        held = T.Bind(tirx.Select(upper, inside, inside + amx.ROWS))
+        place = [T.Bind(self.pending[_SLOT]), held]
         whole, rest = divmod(self.p.n, self.cols)
         if not rest:
             self._store_row(z, m, panel, place)
@@ -247,7 +326,7 @@ class _Kernel:
             value = self._value(z, m, n, n, place, column)
             T.buffer_store(self.y, value, self.p.y_index(z, m, n))
 
-        self._each_column(store)
+        self._each_column(store, self.across)
 
     def _store_columns(self, z: Expr, m: Expr, panel: Expr, place: list[Expr], count: int) -> None:
         """The last panel, of which ``count`` columns are the output's."""
@@ -258,13 +337,15 @@ class _Kernel:
             n = tirx.min(col, self.p.n - 1)
             T.buffer_store(held, self._value(z, m, col, n, place, column), [column])
 
-        self._each_column(store)
-        with T.serial(count) as column:
-            n = panel * self.cols + column
-            T.buffer_store(self.y, held[column], self.p.y_index(z, m, n))
+        def copy(column: Expr) -> None:
+            place = self.p.y_index(z, m, panel * self.cols + column)
+            T.buffer_store(self.y, held[column], place)
 
-    def _each_column(self, store: Callable[[Expr], None]) -> None:
-        with T.unroll(self.across) as j, T.vectorized(amx.LANES) as lane:
+        self._each_column(store, -(-count // amx.LANES))
+        _in_pieces(count, copy)
+
+    def _each_column(self, store: Callable[[Expr], None], across: int) -> None:
+        with T.unroll(across) as j, T.vectorized(amx.LANES) as lane:
             store(_int64(j * amx.LANES + lane))
 
     def _value(self, z: Expr, m: Expr, col: Expr, n: Expr, place: list[Expr], column: Expr) -> Expr:
@@ -289,12 +370,25 @@ def _b(j: int) -> int:
 
 
 def _both(m: int | Expr) -> bool | None:
-    """Whether every row tile has more than 16 rows, or none has; ``None`` where some may."""
+    """Whether every turn has two tiles of rows, or every turn one; ``None`` where the last of
+    several may have one.
+    """
     if not isinstance(m, int):
         return None
-    if m <= amx.ROWS:
+    halves = -(-m // amx.ROWS)
+    if halves == 1:
         return False
-    return True if m % (2 * amx.ROWS) == 0 or m % (2 * amx.ROWS) > amx.ROWS else None
+    return True if halves % 2 == 0 else None
+
+
+def _in_pieces(count: int, copy: Callable[[Expr], None]) -> None:
+    """``copy(index)`` for ``count`` indices, as few vectors of powers of two."""
+    start = 0
+    while start < count:
+        size = min(_CHUNK, 1 << (count - start).bit_length() - 1)
+        with T.vectorized(size) as lane:
+            copy(_int64(start) + lane)
+        start += size
 
 
 def _divided(number: Expr, by: Expr) -> tuple[Expr, Expr]:
