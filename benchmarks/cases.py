@@ -98,7 +98,7 @@ def _gemm() -> Iterable[Case]:
 
 
 def _tiers() -> Iterable[Case]:
-    """Instructions that CPUs without 512-bit int8 products have; no peer can be told to."""
+    """Instructions below those of the newest CPUs; no peer can be told to use them."""
     for target in INSTRUCTION:
         for out in ("int32", "int8"):
             yield Case("tiers", Matmul(512, 3072, 768, out, target=target), 0.85, peers=False)

@@ -70,6 +70,7 @@ class Matmul:
 
 
 INSTRUCTION = {
+    "x86-avx512vnni": "int8",
     "x86-avxvnni": "int8-256",
     "x86-avx512": "int16-512",
     "x86-avx2": "int16-256",
