@@ -178,10 +178,20 @@ def generated_bias(pse_type: int, slope: Expr, i: Expr, j: Expr, start: Index) -
 
 def score(pse_type: int, qk: Expr, bias: Expr | None, scale: float) -> Expr:
     """x of the softmax, float32: only pse_type 1 scales the bias too."""
-    scale = tir.const(scale, "float32")
     if bias is None:
-        return qk * scale
-    return (qk + bias) * scale if pse_type == 1 else qk * scale + bias
+        return times(qk, scale)
+    return times(qk + bias, scale) if pse_type == 1 else times(qk, scale) + bias
+
+
+def times(x: Expr, factor: float) -> Expr:
+    """float32 x * factor, also where a factor in units of ln 2 is beyond float32."""
+    if fits_float32(factor):
+        return x * tir.const(factor, "float32")
+    return x * tir.const(factor / 4, "float32") * tir.const(4.0, "float32")
+
+
+def fits_float32(factor: float) -> bool:
+    return abs(factor) <= FLT_MAX
 
 
 def pair_number(tnd: bool, N1: int, at: Sequence, n: Index, i: Index) -> Expr:

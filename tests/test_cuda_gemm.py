@@ -196,6 +196,10 @@ def test_columns_of_consecutive_bytes(m, k, arch):
     check(m, 40, k, arch=arch, entry="transposed")
 
 
+def test_columns_of_tiles_that_are_no_whole_sectors():
+    check(100, 32, 64, entry="transposed", config=replace(SMALL, block_m=48, warps_m=1))
+
+
 def test_order_of_tiles():
     """Bands of row tiles, the last one narrower, of several matrices."""
     check(32 * 11 + 5, 70, 16, config=SMALL, batch=2)

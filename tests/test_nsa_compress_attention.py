@@ -364,7 +364,7 @@ def test_matrix_tiles_are_left_alone(target, change):
 def test_a_row_of_nan_is_alone(row):
     """Query rows share registers and tiles, not results."""
     feeds, attrs = make((40,), (70,), 4, 1, 32, 32, BF16, atten="bool", k=4)
-    module = opferry.compile(node_model(OP, feeds, **attrs), on("x86-amx"))
+    module = compile_once(node_model(OP, feeds, **attrs), on("x86-amx"))
     expected = module.run(feeds)
     query = feeds["query"].copy()
     query[row, 1] = np.nan
@@ -375,6 +375,29 @@ def test_a_row_of_nan_is_alone(row):
     for name in ("softmax_max", "softmax_sum"):  # [N1, T, 8] in memory
         after, before = (x[name].reshape(4, 40, 8)[:, others] for x in (got, expected))
         np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("scale", [3e38, -3e38])
+def test_scales_at_the_end_of_float32(scale, dtype):
+    """In units of ln 2 they are beyond it."""
+    feeds, attrs = make((6,), (37,), dtype=dtype, scale_value=scale)
+    feeds["query"] = (feeds["query"].astype(np.float32) * 2.0**-60).astype(feeds["query"].dtype)
+    feeds["key"] = (feeds["key"].astype(np.float32) * 2.0**-60).astype(feeds["key"].dtype)
+    assert_matches(feeds, attrs, run(feeds, attrs))
+
+
+@pytest.mark.parametrize("target", ["x86-amx", "x86-avx512vnni"])
+def test_a_row_of_nan_is_alone_beside_a_row_without_keys(target):
+    feeds, attrs = make((16,), (64,), 4, 1, 32, 32, BF16, atten="bool", k=4)
+    feeds["atten_mask"] = np.arange(16)[:, None] == np.full((1, 64), 3)
+    module = compile_once(node_model(OP, feeds, **attrs), on(target))
+    expected = module.run(feeds)
+    query = feeds["query"].copy()
+    query[5] = np.nan
+    got = module.run(feeds | {"query": query})
+    others = np.arange(16) != 5
+    np.testing.assert_array_equal(got["attention_out"][others], expected["attention_out"][others])
 
 
 @pytest.mark.parametrize("wanted", [[name] for name in OUTPUTS] + [list(OUTPUTS[1::2])], ids=str)

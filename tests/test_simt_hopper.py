@@ -226,7 +226,7 @@ def test_products_add_where_a_predicate_says_so():
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                sm = T.alloc_buffer((64, 128), "int8", scope="shared")
+                sm = T.alloc_buffer((64, 128), "int8", scope="shared", align=1024)
                 acc = T.alloc_buffer((4,), "uint32", scope="local")
                 for i in range(64):
                     sm[i, tx] = a[i, tx]

@@ -389,6 +389,16 @@ def test_zero_and_negative_scale(scale):
     check(feeds, head_num=2, input_layout="BNSD", scale=scale)
 
 
+@pytest.mark.parametrize(("dtype", "power"), [(F32, -61), (BF16, -50)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [3e38, -3e38])
+def test_scales_at_the_end_of_float32(scale, dtype, power):
+    """In units of ln 2 they are beyond it. No product of bfloat16 is subnormal."""
+    feeds = qkv(S1=9, S2=70, dtype=dtype)
+    for name in ("query", "key"):
+        feeds[name] = (feeds[name].astype(np.float32) * 2.0**power).astype(dtype)
+    check(feeds, head_num=2, input_layout="BNSD", scale=scale)
+
+
 # -- masks ----------------------------------------------------------------------------------------
 
 B, N1, S1, S2 = 2, 4, 65, 70

@@ -132,7 +132,8 @@ class Standing:
     @property
     def folds_scale(self) -> bool:
         """Without bias the order of the products is that of the scores."""
-        return self.problem.pse is None and self.problem.scale > 0
+        p = self.problem
+        return p.pse is None and p.scale > 0 and attention.fits_float32(p.scale * LOG2E)
 
     def score(self, qk: Expr, bias: Expr | None) -> Expr:
         """x of the softmax in units of ln 2, so that the weight is a power of two."""

@@ -309,12 +309,12 @@ class _Kernel:
 
     def _load_columns(self, source: _Rows, first: Expr, rows: int, base: Expr, step: Expr) -> None:
         """The same of columns that are consecutive bytes: squares of 4 x 4 bytes, transposed in
-        registers. Eight neighbouring squares of a column are a sector of global memory.
+        registers. Up to eight neighbouring squares of a column are a sector of global memory.
         """
         c = self.c
         words = T.alloc_buffer((4,), "uint32", scope="local")
         halves = T.alloc_buffer((4,), "uint32", scope="local")
-        count, along, across = rows * c.block_k // 16, c.block_k // 4, min(8, rows // 4)
+        count, along, across = rows * c.block_k // 16, c.block_k // 4, gcd(8, rows // 4)
         for i in range(-(-count // c.threads)):
             index = self.thread + i * c.threads
             with guard(index < count, (i + 1) * c.threads > count):

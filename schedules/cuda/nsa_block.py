@@ -13,6 +13,7 @@ import tvm.tirx as tir
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
+from ...relay_ops.attention import times
 from ..intrin import cuda
 from .arch import WARP, Arch
 from .attention_place import LN2, LOG2E, float32, named
@@ -140,9 +141,9 @@ class Block:
                 self.products.clear_scores()
             self.products.add_scores(begin, step)
         scores = self.products.scores
-        factor = float32(self.problem.scale * LOG2E)
+        factor = self.problem.scale * LOG2E
         with T.unroll(scores.shape[0]) as k:
-            T.buffer_store(scores, scores[k] * factor, [k])
+            T.buffer_store(scores, times(scores[k], factor), [k])
         j0 = named(tile * self.c.keys)
         with T.If(j0 + self.c.keys > self.reach.clear), T.Then():
             self._mask(j0)

@@ -53,7 +53,8 @@ class TileTask(PairTile):
     @property
     def unscaled(self) -> bool:
         """Scores stay the bare products: their order is that of x, which is a multiple of them."""
-        return self.problem.pse is None and self.problem.scale > 0
+        p = self.problem
+        return p.pse is None and p.scale > 0 and attention.fits_float32(p.scale * LOG2E)
 
     @property
     def keys_in_place(self) -> bool:

@@ -1,6 +1,6 @@
 """The int8 matmul on matrix tiles (AMX): one PrimFunc, the epilogue fused.
 
-    parallel row:                                     only where rows of A do not lie in one piece
+    parallel row:                                     only where rows of A are in pieces, or K < 4
         a packed
     parallel task:
         configure the tiles
@@ -107,7 +107,7 @@ class _Kernel:
     def emit(self) -> None:
         p, c = self.p, self.c
         self._ask()
-        if p.a_run != p.k or self.beyond > amx.ROWS:
+        if p.a_run != p.k or self.beyond > _ENDS - amx.ROWS:
             self._pack()
         halves = tirx.truncdiv(self.m + (amx.ROWS - 1), _int64(amx.ROWS))
         halves = _bound(tirx.max(halves, _int64(1)))
@@ -177,14 +177,14 @@ class _Kernel:
         for field in range(_FIELDS):
             T.buffer_store(self.pending, _int64(0), [field])
         if self.rest:
-            size = 2 * amx.ROWS * amx.DEPTH
+            size = _ENDS * amx.DEPTH
             self.ends = T.alloc_buffer((size,), "int8", scope="local")
             T.buffer_store(self.ends, tirx.const(0, "int8"), [size - 1])  # or TVM cuts it short
             self.ends_of = T.alloc_buffer((1,), "int64", scope="local")
             T.buffer_store(self.ends_of, _int64(-1), [0])
 
     def _tile(self, z: Expr, panel: Expr, first: Expr) -> None:
-        """Rows ``first`` to ``first + 32`` of a panel, or those that there are."""
+        """Two tiles of rows of a panel from ``first`` on, or the one that is left."""
         narrow = 0 < self.p.n % self.cols <= self.cols - amx.LANES
         if not narrow:
             self._tile_across(z, panel, first, self.across)
@@ -352,6 +352,9 @@ class _Kernel:
         acc = self.sums[place[0], place[1], column]
         return self.p.epilogue(acc, self.p.at(z, m, n, col), *self.operands)
 
+
+_ENDS = 2 * amx.ROWS
+"""Rows of A whose ends a thread can set aside: a tile's, and as many that lead out of A."""
 
 _ROWS, _SLOT, _Z, _PANEL, _FIRST, _SECOND, _FIELDS = range(7)
 """Of `_Kernel.pending`: rows of sums that wait, 0 for none; where; what they are."""

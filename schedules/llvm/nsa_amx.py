@@ -78,6 +78,8 @@ class TileConfig:
             raise ValueError(
                 f"TileConfig: height: found {self.height}, allowed multiples of {BLOCK}"
             )
+        if self.heads.bit_count() != 1:
+            raise ValueError(f"TileConfig: heads: found {self.heads}, allowed powers of two")
 
 
 def available(problem: Problem, target: Target) -> bool:
@@ -358,11 +360,11 @@ class TileTask:
         """
         low = float32(-FLT_MAX)
         M = blocks * BLOCK
-        lowest = T.alloc_buffer((1,), "float32", scope="local")
-        T.buffer_store(lowest, float32(0), [0])
-        with T.serial(M) as m:
-            T.buffer_store(lowest, tir.min(lowest[0], w.top[m]), [0])
-        with T.If(lowest[0] == low), T.Then():
+        some = T.alloc_buffer((1,), "int32", scope="local")
+        T.buffer_store(some, tir.const(0, "int32"), [0])
+        with T.serial(M) as m:  # a minimum would forget what it met before a NaN
+            T.buffer_store(some, some[0] | (w.top[m] == low).astype("int32"), [0])
+        with T.If(some[0] != 0), T.Then():
             groups = (keys + (BLOCK - 1)) // BLOCK
             none = float32(float("-inf"))
             covered = T.alloc_buffer((1,), "int32", scope="local")

@@ -20,6 +20,7 @@ import tvm.tirx as tir
 from tvm.script import tirx as T
 from tvm.target import Target
 
+from ...relay_ops.attention import times
 from ..intrin import x86_bf16
 from .transpose import transpose_square
 from .vector import (
@@ -212,7 +213,7 @@ class Task:
             for u in T.unroll(STRIP):
                 for k in T.unroll(KEYS):
                     for l in T.vectorized(L):
-                        acc[k, u, l] = acc[k, u, l] * T.float32(scale)
+                        acc[k, u, l] = times(acc[k, u, l], scale)
                     if masked:
                         # The comparison, not a minimum: a masked key may score NaN.
                         for l in T.vectorized(L):
