@@ -1,4 +1,8 @@
-"""Compiled modules that tests of one file share."""
+"""Compiled modules that the tests of a process share.
+
+What compiling says or does besides (warnings, patched schedules) happens the first time only: tests
+of that call `opferry.compile`.
+"""
 
 import functools
 import json

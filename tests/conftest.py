@@ -1,17 +1,28 @@
 """Shared by all tests."""
 
+from pathlib import Path
+
 import pytest
 from small_model import SUM_AND_NEGATIVE, model
 
 import opferry
 
-LONGEST = ("test_nsa_compress_attention", "test_cuda_attention", "test_speed_fusion_attention")
-LONGEST += ("test_examples", "test_cuda_gemm", "test_cuda_longformer", "test_cuda_nsa")
+LONGEST = [
+    "test_nsa_compress_attention",
+    "test_cuda_attention",
+    "test_speed_fusion_attention",
+    "test_examples",
+    "test_cuda_gemm",
+    "test_cuda_longformer",
+    "test_cuda_nsa",
+]
 """Files that take minutes. Workers take whole files: one of these begun last would run alone."""
 
 
 def pytest_collection_modifyitems(items):
     """Files of `LONGEST` first."""
+    missing = [name for name in LONGEST if not Path(__file__).with_name(f"{name}.py").exists()]
+    assert not missing, f"LONGEST names {missing}"
     place = {name: at for at, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 

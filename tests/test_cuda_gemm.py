@@ -648,6 +648,12 @@ def test_transposed_rows_are_not_loaded_byte_by_byte(arch):
     assert "ld.global.b32" in text
 
 
+@pytest.mark.parametrize("field", ["block_m", "block_k", "warps_n", "stages"])
+def test_tiles_of_nothing(field):
+    with pytest.raises(UnsupportedError, match=f"{field}: found 0, allowed 1 or more"):
+        replace(SMALL, **{field: 0})
+
+
 @pytest.mark.parametrize(
     "fields", [{"warps_n": 2}, {"warps_m": 4}, {"block_k": 64}, {"stages": 2}], ids=str
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,10 @@ class GemmConfig:
 
     def __post_init__(self) -> None:
         """``UnsupportedError``, a `ValueError`, for what no kernel computes."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "wgmma" and value < 1:
+                raise UnsupportedError(f"{self}: {field.name}: found {value}, allowed 1 or more")
         if self.wgmma:
             self._require_warpgroups()
         else:
@@ -60,7 +64,9 @@ class GemmConfig:
             )
 
     def require_fit(self, problem: Problem, arch: Arch) -> None:
-        """``UnsupportedError`` unless the kernel of ``problem`` can be cut so on ``arch``."""
+        """``UnsupportedError`` unless ``arch`` has the instructions and ``problem`` the panels; the
+        size of shared memory is the caller's business.
+        """
         if not self.wgmma:
             return
         if not arch.wgmma:

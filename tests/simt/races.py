@@ -4,6 +4,9 @@ Every shared byte remembers the thread that wrote it last and the threads that h
 with the interval between barriers (epoch) in which they did. An access of another thread's byte is
 a race unless a barrier lies between: one of the block, or of the warp within a warp. Lock step
 would hide such a race; on a GPU warps run apart, and so may the lanes of a warp.
+
+A proxy fence counts where the writer executes it before the barrier that the reader waits for. That
+is our rule; the memory model of PTX also knows fences on the reader's side.
 """
 
 import numpy as np

@@ -1,7 +1,8 @@
 """What products of warpgroups (wgmma) ask of registers: fences, and that nobody else writes them.
 
 PTX ISA, "wgmma.fence": one has to lie between a thread's access to a register and a product that
-uses it, and between products of different shapes that use the same accumulators.
+uses it, and between products of different shapes that use the same accumulators. Of the accesses
+only writes are watched here.
 """
 
 import numpy as np
@@ -13,8 +14,9 @@ WRITTEN, FENCED = 0, 1  # states of a register; others are the shape of the prod
 
 
 class Watch:
-    """The registers of one local buffer and of its views, [words, threads]; empty, and of no cost,
-    before the first fence."""
+    """The registers of one local buffer and of its views, [words, threads]; empty before the first
+    fence.
+    """
 
     def __init__(self):
         self.on = False
