@@ -1,6 +1,6 @@
 """The int8 matmul on matrix tiles (AMX): one PrimFunc, the epilogue fused.
 
-    parallel row:                                     only where rows of A are in pieces, or K < 4
+    parallel row:                                     only where rows of A are in pieces or skewed
         a packed
     parallel task:
         configure the tiles
@@ -61,6 +61,10 @@ class AmxConfig:
     """Rows of the epilogue in a step of 64 k, up to which they are straight code."""
     task_steps: int = 256
     """At least, of a task: configuring the tiles and the last epilogue are to be little of it."""
+    steps_skewed: int = 2
+    """Of rows of A that are read in place though they cross cache lines, at most; with more, a copy
+    on whole lines takes less time than the crossings.
+    """
     epilogue_steps: int = 4
     """As many steps take the time of a tile's epilogue, where there are not more to hide it."""
 
@@ -107,7 +111,8 @@ class _Kernel:
     def emit(self) -> None:
         p, c = self.p, self.c
         self._ask()
-        if p.a_run != p.k or self.beyond > _ENDS - amx.ROWS:
+        skewed = self.rest and self.steps > c.steps_skewed
+        if p.a_run != p.k or skewed or self.beyond > _ENDS - amx.ROWS:
             self._pack()
         halves = tirx.truncdiv(self.m + (amx.ROWS - 1), _int64(amx.ROWS))
         halves = _bound(tirx.max(halves, _int64(1)))
