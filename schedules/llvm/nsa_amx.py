@@ -33,7 +33,16 @@ from tvm.tirx import Buffer
 from tvm.tirx.script.builder import ir as T
 
 from ..intrin import x86_amx, x86_bf16
-from .attention_amx import BLOCK, LEFT, RIGHT, SIDE, load_tile, multiply_tiles, store_tile
+from .attention_amx import (
+    BLOCK,
+    LEFT,
+    RIGHT,
+    SIDE,
+    load_tile,
+    multiply_tiles,
+    round_pairs_up,
+    store_tile,
+)
 from .attention_task import opaque
 from .nsa_lengths import slots
 from .nsa_records import record_writing
@@ -413,7 +422,7 @@ class TileTask:
                     halves.append(weight)
                 if self.wants_out:
                     index = [m, ramp(group * SIDE, SIDE)]
-                    T.buffer_store(w.P, _rounded(*halves), index)
+                    T.buffer_store(w.P, round_pairs_up(*halves), index)
             both = T.Bind(load_lanes(sums, [0, 0], SIDE) + load_lanes(sums, [1, 0], SIDE))
             total = T.Bind(sum_lanes(both))
             T.buffer_store(w.total, total, [m])
@@ -594,12 +603,3 @@ def _prefetch(buffer: Buffer, index: list[Expr], size: int, how: tuple[int, ...]
 def _bytes(Mask: Buffer, row: Expr, first: Expr) -> Expr:
     """32 elements of a mask row as uint8."""
     return load_lanes(Mask, [row, first], BLOCK).astype(f"uint8x{BLOCK}")
-
-
-def _rounded(first: Expr, second: Expr) -> Expr:
-    """Pairs of bfloat16 from two registers of float32; ties go up."""
-    half, place, high = (
-        tir.Broadcast(tir.const(x, "uint32"), SIDE) for x in (0x8000, 16, 0xFFFF0000)
-    )
-    low, up = (tir.reinterpret(f"uint32x{SIDE}", x) + half for x in (first, second))
-    return (low >> place) | (up & high)
