@@ -23,9 +23,16 @@ _SPLIT_KEYS = 256
 """Each block of a divided sequence has at least so many keys."""
 _HELD_QUERIES = 128
 """The most columns of queries, of all row tiles, that a warp keeps in registers."""
-_WARPGROUP_KEYS = {(64, False): 64, (64, True): 64, (128, False): 48, (128, True): 32}
-"""D, whether dropout draws -> keys of a tile of a warpgroup with 128 rows, such that its registers
-hold scores, weights, output and what else a mode needs.
+_WARPGROUP_KEYS = {
+    (64, None): 64,
+    (64, "two"): 64,
+    (64, "one"): 64,
+    (128, None): 48,
+    (128, "two"): 32,
+}
+"""D, how many keys a draw of dropout serves -> keys of a tile of a warpgroup with 128 rows, such
+that its registers hold scores, weights, output and what else a mode needs. With D = 128 and a draw
+for every key even 32 spill, and of 16 ptxas makes the products wait for each other.
 """
 _WARPGROUP_SLOTS = 8
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -170,7 +177,8 @@ def _warpgroups(problem: AttentionProblem, arch: Arch) -> AttentionConfig | None
     better, or nobody knows how.
     """
     heads, rows = _rows(problem)
-    keys = _WARPGROUP_KEYS.get((problem.D, problem.keep_prob < 1))
+    draw = None if problem.keep_prob >= 1 else "one" if draws_alone(problem) else "two"
+    keys = _WARPGROUP_KEYS.get((problem.D, draw))
     if not arch.wgmma or problem.dtype == "float32" or keys is None or rows <= 64:
         return None
     steps = problem.D // 64
