@@ -239,6 +239,24 @@ def test_decode(N2, dtype):
     check(feeds, head_num=8, input_layout="BNSD", scale=0.125)
 
 
+@pytest.mark.parametrize("mcpu", ["x86-64", "haswell", "skylake-avx512"])
+@pytest.mark.parametrize(("group", "D"), [(2, 33), (3, 40), (5, 272), (7, 96), (11, 16)])
+def test_decode_of_groups(group, D, mcpu):
+    """Heads of a group share their keys: sums of a step that are no power of two, strips of D that
+    do not fill the registers, keys that end inside a step.
+    """
+    feeds = qkv(B=1, N1=2 * group, N2=2, S1=2, S2=143, D=D, dtype=F32)
+    feeds["atten_mask"] = random_mask(1, 1, 2, 143)
+    check(
+        feeds,
+        target={"kind": "llvm", "mcpu": on(mcpu)},
+        head_num=2 * group,
+        input_layout="BNSD",
+        scale=0.25,
+        sparse_mode=1,
+    )
+
+
 @pytest.mark.parametrize("S1", [1, 3])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_decode_in_parts(S1, dtype):

@@ -37,7 +37,7 @@ from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops.attention import Sequence
 from ..dimensions import own_dimensions
-from ..intrin import bits, x86_amx, x86_bf16
+from ..intrin import barrier, bits, x86_amx, x86_bf16
 from .attention_amx import TileTask
 from .attention_bf16 import PairTile
 from .attention_row import RowTile
@@ -68,6 +68,8 @@ class AttentionConfig:
     """Up to this many rows a task goes row by row."""
     heads: int = 1
     """H, heads that a task takes when it goes row by row: a divisor of N1 / N2."""
+    row_sums: int = 8
+    """Accumulators of a task that goes row by row; at least ``heads``."""
     parts: int = 1
     """P, tasks that share out the keys of a row when all tasks go row by row."""
 
@@ -77,10 +79,21 @@ class AttentionConfig:
                 f"AttentionConfig: keys: found {self.keys}, "
                 f"allowed multiples of {self.unroll} and {self.lanes}"
             )
+        if self.heads > self.row_sums:
+            raise ValueError(
+                f"AttentionConfig: heads: found {self.heads}, allowed 1 to {self.row_sums}"
+            )
 
     @property
     def width(self) -> int:
         return self.lanes * self.vectors
+
+    @property
+    def keys_together(self) -> int:
+        """Keys of a step of a task that goes row by row: a power of two, few enough for the
+        hardware to follow.
+        """
+        return 1 << (min(8, self.row_sums // self.heads).bit_length() - 1)
 
     @property
     def rows(self) -> int:
@@ -115,6 +128,7 @@ def configure(problem: AttentionProblem, unit: VectorUnit) -> AttentionConfig:
         keys=keys,
         few=few,
         heads=heads,
+        row_sums=16 if wide else 8,
         parts=parts,
     )
 
@@ -203,6 +217,8 @@ def _products(
 ) -> tuple[type[Tile], list[str]]:
     """What multiplies where rows lie across the lanes, and the LLVM text that it needs."""
     sources = [bits.SOURCE] * problem.mask
+    if min(_task_rows(problem, config)) <= config.few:
+        sources.append(barrier.SOURCE)
     if problem.dtype != "bfloat16" or max(_task_rows(problem, config)) <= config.few:
         return Tile, sources
     if tiles:

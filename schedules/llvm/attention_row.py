@@ -9,16 +9,32 @@ tasks share out the keys of a row.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 
 import tvm.tirx as tir
+from tvm import DataType
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
+from ..intrin.barrier import barrier
 from .attention_task import Task, opaque
-from .vector import exp2_nonpositive, float32, load_lanes, max_lanes, sum_lanes, to_float32
+from .vector import (
+    exp2_nonpositive,
+    float32,
+    load_lanes,
+    max_lanes,
+    ramp,
+    sum_lanes,
+    sums_lanes,
+    to_float32,
+)
+
+_LINE_BITS = 512
+_FOR_READING = (0, 2, 1)
+"""Operands of ``llvm.prefetch``: read, into all caches, data."""
 
 
 class RowTile(Task):
@@ -101,35 +117,58 @@ class RowTile(Task):
 
     def _products(self, j0: Expr, count: Expr) -> None:
         """scores[h][j] = query h . key j, some keys at a time; the last key is read again for
-        those beyond ``count``.
+        those beyond ``count``. The values of the same keys are asked for meanwhile.
         """
         p, c = self.problem, self.config
-        H, L, strips = c.heads, c.lanes, p.D // c.lanes
-        together = max(2, c.unroll // H)
+        H, L, strips, together = c.heads, c.lanes, p.D // c.lanes, c.keys_together
+        places = [(h, k) for h in range(H) for k in range(together)]
         with T.serial((count + (together - 1)) // together) as step:
             keys = [T.Bind(j0 + tir.min(step * together + k, count - 1)) for k in range(together)]
-            acc = T.alloc_buffer((together * H, L), scope="local")
-            for slot in range(together * H):
+            acc = T.alloc_buffer((len(places), L), scope="local")
+            for slot in range(len(places)):
                 with T.vectorized(L) as v:
                     T.buffer_store(acc, float32(0), [slot, v])
             with T.serial(strips) as strip:
-                for k, j in enumerate(keys):
-                    for h in range(H):
-                        with T.vectorized(L) as v:
-                            d = strip * L + v
-                            product = self.query[h, d] * self.kv("key", j, d)
-                            T.buffer_store(acc, acc[k * H + h, v] + product, [k * H + h, v])
+                for slot, (h, k) in enumerate(places):
+                    with T.vectorized(L) as v:
+                        d = strip * L + v
+                        product = self.query[h, d] * self.kv("key", keys[k], d)
+                        T.buffer_store(acc, acc[slot, v] + product, [slot, v])
             if p.D % L:
                 with T.serial(p.D % L) as tail:
                     d = strips * L + tail
-                    for k, j in enumerate(keys):
-                        for h in range(H):
-                            product = self.query[h, d] * self.kv("key", j, d)
-                            T.buffer_store(acc, acc[k * H + h, 0] + product, [k * H + h, 0])
-            for k in range(together):
-                for h in range(H):
-                    total = sum_lanes(load_lanes(acc, [k * H + h, 0], L))
-                    T.buffer_store(self.scores, total, [h, step * together + k])
+                    for slot, (h, k) in enumerate(places):
+                        product = self.query[h, d] * self.kv("key", keys[k], d)
+                        T.buffer_store(acc, acc[slot, 0] + product, [slot, 0])
+            if self.wants_output:
+                for j in keys:
+                    self._ask_for("value", j)
+            self._store_scores(acc, places, step * together)
+
+    def _store_scores(self, acc: tir.Buffer, places: list[tuple[int, int]], key: Expr) -> None:
+        """Sums of the lanes of acc[slot] to scores[h][key + k], ``places`` being (h, k) by slot."""
+        L = self.config.lanes
+        for first in range(0, len(places), L):
+            run = places[first : first + L]
+            slots = [min(first + lane, len(places) - 1) for lane in range(L)]
+            sums = T.Bind(sums_lanes([load_lanes(acc, [slot, 0], L) for slot in slots]))
+            for h, heads_run in itertools.groupby(enumerate(run), lambda place: place[1][0]):
+                lanes, ks = zip(*((lane, k) for lane, (_, k) in heads_run))
+                index = [h, ramp(key + ks[0], len(ks)) if len(ks) > 1 else key + ks[0]]
+                T.buffer_store(self.scores, tir.Shuffle([sums], list(lanes)), index)
+
+    def _ask_for(self, name: str, j: Expr, share: Expr | int = 0, shares: int = 1) -> None:
+        """Prefetch one of ``shares`` shares of a row of the keys or values: the memory works while
+        the cores compute. A line beyond the tensor does no harm.
+        """
+        p, at = self.problem, self.at
+        line = _LINE_BITS // DataType(p.dtype).bits
+        lines = -(-p.D // (line * shares))
+        for k in range(lines):
+            d = (share * lines + k) * line
+            index = attention.element(p.layout, p.D, at.b, self.g, at.key_start + j, d)
+            address = tir.address_of(self.buffers[name][tuple(index)])
+            T.evaluate(tir.call_intrin("void", "tirx.prefetch", address, *_FOR_READING))
 
     def _softmax(self, h: Expr, r: Expr, i: Expr, j0: Expr, count: Expr) -> None:
         p, c, at = self.problem, self.config, self.at
@@ -177,38 +216,59 @@ class RowTile(Task):
         return None if p.pse is None else self.generated_bias(slope, i, j)
 
     def _add_values(self, j0: Expr, count: Expr) -> None:
-        """output = output * correction + weights @ values, some registers of D at a time."""
-        p, L, H = self.problem, self.config.lanes, self.config.heads
-        strips = max(1, self.config.unroll // H)
-        for first in range(0, p.D // L, strips):
-            self._add_strips(j0, count, first, min(strips, p.D // L - first))
+        """output = output * correction + weights @ values, some strips of D at a time. The keys of
+        the next tile are asked for meanwhile.
+        """
+        p, L, c = self.problem, self.config.lanes, self.config
+        strips = p.D // L
+        width = min(strips, c.row_sums // c.heads)
+        if strips:
+            whole = strips // width
+            with T.serial(whole) as block:
+                self._add_strips(j0, count, block * width, width, (block, whole))
+            if strips % width:
+                self._add_strips(j0, count, whole * width, strips % width)
         if p.D % L:
             acc = T.alloc_buffer((1,), scope="local")
-            with T.serial(H) as h, T.serial(p.D % L) as tail:
-                d = p.D // L * L + tail
+            with T.serial(c.heads) as h, T.serial(p.D % L) as tail:
+                d = strips * L + tail
                 T.buffer_store(acc, self.output[h, d] * self.state[h, 2], [0])
                 with T.serial(count) as j:
                     product = self.scores[h, j] * self.kv("value", j0 + j, d)
                     T.buffer_store(acc, acc[0] + product, [0])
                 T.buffer_store(self.output, acc[0], [h, d])
 
-    def _add_strips(self, j0: Expr, count: Expr, first: int, width: int) -> None:
+    def _add_strips(
+        self,
+        j0: Expr,
+        count: Expr,
+        first: Expr | int,
+        width: int,
+        share: tuple[Expr, int] | None = None,
+    ) -> None:
+        """``share`` of the next keys is asked for.
+
+        A barrier ends it: LLVM would keep the sums of all strips alive from one tile to the next.
+        """
         H, L = self.config.heads, self.config.lanes
-        acc = T.alloc_buffer((width * H, L), scope="local")
-        places = [(h, s, h * width + s) for h in range(H) for s in range(width)]
-        for h, s, slot in places:
+        acc = T.alloc_buffer((H * width, L), scope="local")
+        places = list(enumerate(itertools.product(range(H), range(width))))
+        for slot, (h, strip) in places:
             with T.vectorized(L) as v:
-                value = self.output[h, (first + s) * L + v] * self.state[h, 2]
+                value = self.output[h, (first + strip) * L + v] * self.state[h, 2]
                 T.buffer_store(acc, value, [slot, v])
         with T.serial(count) as j:
             weights = [T.Bind(self.scores[h, j]) for h in range(H)]
-            for h, s, slot in places:
+            for slot, (h, strip) in places:
                 with T.vectorized(L) as v:
-                    product = weights[h] * self.kv("value", j0 + j, (first + s) * L + v)
+                    product = weights[h] * self.kv("value", j0 + j, (first + strip) * L + v)
                     T.buffer_store(acc, acc[slot, v] + product, [slot, v])
-        for h, s, slot in places:
+            if share:
+                self._ask_for("key", j0 + j + self.config.keys, *share)
+        for slot, (h, strip) in places:
             with T.vectorized(L) as v:
-                T.buffer_store(self.output, acc[slot, v], [h, (first + s) * L + v])
+                T.buffer_store(self.output, acc[slot, v], [h, (first + strip) * L + v])
+        T.evaluate(barrier())
 
     def _finish_row(self, h: Expr, r: Expr) -> None:
         top, total = self.state[h, 0], T.Bind(self.state[h, 1])

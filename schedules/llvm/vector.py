@@ -186,6 +186,41 @@ def sum_lanes(vector: Expr) -> Expr:
     return _reduce(vector, lambda a, b: a + b)
 
 
+def sums_lanes(vectors: Sequence[Expr]) -> Expr:
+    """Lane i: the sum of the lanes of vector i, of as many vectors as each has lanes.
+
+    Two vectors become one that holds half sums of both, and so on: two shuffles and an addition a
+    vector, where ``sum_lanes`` takes log2(lanes) of each.
+    """
+    lanes, merged = _lanes(vectors[0]), 1
+    while merged < lanes:
+        low, high = _half_groups(lanes, merged)
+        vectors = [
+            tir.Shuffle([a, b], low) + tir.Shuffle([a, b], high)
+            for a, b in zip(vectors[::2], vectors[1::2])
+        ]
+        vectors, merged = [T.Bind(vector) for vector in vectors], 2 * merged
+    return vectors[0]
+
+
+def _half_groups(lanes: int, merged: int) -> tuple[list[int], list[int]]:
+    """Which lanes of two vectors are added up to one, where each has sums of ``merged``.
+
+    Groups of lanes belong to one sum; their first and their second halves are added. Up to four
+    sums stay inside 128 bits, where shuffles are cheapest; then those blocks change places.
+    """
+    block, group = (4, 4 // merged) if merged < 4 else (lanes, 4 * lanes // merged)
+    half = group // 2
+    low = [
+        operand * lanes + start + first + k
+        for start in range(0, lanes, block)
+        for operand in range(2)
+        for first in range(0, block, group)
+        for k in range(half)
+    ]
+    return low, [k + half for k in low]
+
+
 def max_lanes(vector: Expr) -> Expr:
     """Maximum of a vector's lanes (a power of two), by halves."""
     return _reduce(vector, tir.max)
