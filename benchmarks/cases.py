@@ -14,7 +14,6 @@ from .shapes import (
     Matmul,
     Nsa,
     Problem,
-    bf16_instruction,
 )
 
 
@@ -47,7 +46,7 @@ class Case:
     group: str
     problem: Problem
     of_limit: float | None = None
-    """Least fraction of the speed at the limit."""
+    """Least fraction of the speed at the limit; of vector instructions where tiles do the work."""
     over_peers: tuple[OverPeer, ...] = ()
     relative: tuple[Relative, ...] = ()
     quick: bool = False
@@ -137,9 +136,8 @@ def _attention() -> Iterable[Case]:
         bf16_causal = replace(bf16, mask="causal")
         of_full = 0.80 if S >= 512 else 0.65
         of_causal = 0.70 if S >= 2048 else 0.50 if S == 512 else None
-        tiles = bf16_instruction() != "bf16"
-        of_bf16 = None if tiles else 0.62 if S >= 2048 else 0.55 if S == 512 else None
-        of_bf16_causal = 0.50 if S >= 512 and not tiles else None
+        of_bf16 = 0.62 if S >= 2048 else 0.55 if S == 512 else None
+        of_bf16_causal = 0.50 if S >= 512 else None
         as_fp32 = (Relative(full, 1.0),)
         yield _against(full, of_full, 1.05, quick=quick)
         yield _against(causal, of_causal, 1.5, quick=quick)

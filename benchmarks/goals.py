@@ -16,7 +16,7 @@ class Goal:
     """One number beside the one asked for."""
 
     what: str
-    """"limit", the name of a peer, "time of <problem>", "bytes" or "seconds"."""
+    """"limit", "vector limit", the name of a peer, "time of <problem>", "bytes" or "seconds"."""
     reached: float
     asked: float
     at_most: bool = False
@@ -38,9 +38,10 @@ def judge(case: Case, record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     goals = []
     of_limit = record["of_limit"]
-    if case.of_limit is not None and of_limit:
-        reached = of_limit["median"]
-        goals.append(Goal("limit", reached, case.of_limit, clean=of_limit["clean"]))
+    judged = record["of_vector_limit"] or of_limit
+    if case.of_limit is not None and judged:
+        what = "vector limit" if record["of_vector_limit"] else "limit"
+        goals.append(Goal(what, judged["median"], case.of_limit, clean=judged["clean"]))
     for asked in case.over_peers:
         name = fastest_peer(record, asked.part)
         if name is not None:

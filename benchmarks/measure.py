@@ -18,6 +18,7 @@ from .cases import CASES, Case
 from .goals import judge
 from .inputs import inputs
 from .limits import Limit, Unavailable
+from .shapes import vector_work
 from .timing import Plan, Series
 
 OURS, RUN, RELATED, LIMIT = "opferry", "opferry Module.run", "related: ", "limit "
@@ -75,9 +76,11 @@ def empty(case: Case) -> dict[str, Any]:
         "measure": case.measure,
         "operations": problem.operations,
         "work": problem.work,
+        "vector_work": vector_work(problem),
         "candidates": {},
         "limits": {},
         "of_limit": None,
+        "of_vector_limit": None,
         "speedup": {},
         "relative": {},
         "measured": None,
@@ -132,7 +135,7 @@ def _verify(candidate: Candidate, problem, slack: float) -> None:
 
 def _limits(case: Case) -> tuple[dict[str, Limit], dict[str, str]]:
     limits, missing = {}, {}
-    for kind, work in case.problem.work.items():
+    for kind, work in (case.problem.work | vector_work(case.problem)).items():
         try:
             footprint = case.problem.copies * work if kind == "read" else 0
             limits[kind] = Limit(kind, footprint=footprint)
@@ -147,8 +150,8 @@ def evaluate(
     """What `series` says about a case, without judging it.
 
     series: by name of candidate, and by `LIMIT` + kind; limit_work: kind -> work of one call of
-    that limit. Times are in seconds, rates in operations a second; "of_limit" and "speedup" are
-    ratios of speed, "relative" of time, ours to the other's.
+    that limit. Times are in seconds, rates in operations a second; "of_limit", "of_vector_limit"
+    and "speedup" are ratios of speed, "relative" of time, ours to the other's.
     """
     problem, record = case.problem, empty(case)
     related = {RELATED + r.problem.label: r for r in case.relative}
@@ -167,11 +170,12 @@ def evaluate(
     if OURS not in series:
         return record
     mine = series[OURS]
-    if problem.work.keys() <= limit_work.keys():
-        at_limit = timing.weighted_sum(
-            [(series[LIMIT + kind], work / limit_work[kind]) for kind, work in problem.work.items()]
-        )
-        record["of_limit"] = timing.speedup(mine, at_limit)._asdict()
+    for told, of in (("of_limit", problem.work), ("of_vector_limit", vector_work(problem))):
+        if of and of.keys() <= limit_work.keys():
+            at_limit = timing.weighted_sum(
+                [(series[LIMIT + kind], work / limit_work[kind]) for kind, work in of.items()]
+            )
+            record[told] = timing.speedup(mine, at_limit)._asdict()
     for name, theirs in series.items():
         if name in related:
             other = related[name]

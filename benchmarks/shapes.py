@@ -301,3 +301,10 @@ class Encoder:
 
 
 Problem = Matmul | Attention | Longformer | Nsa | Encoder
+
+_VECTOR = {"int8-amx": "int8", "bf16-amx": "bf16"}
+
+
+def vector_work(problem: Problem) -> dict[str, float]:
+    """The products of ``problem.work`` that matrix tiles take, as work of vector instructions."""
+    return {_VECTOR[kind]: work for kind, work in problem.work.items() if kind in _VECTOR}

@@ -27,6 +27,8 @@ def text(record: Mapping[str, Any]) -> str:
         ratio = record["speedup"].get(name)
         if name == OURS and record["of_limit"]:
             told = f"{record['of_limit']['median']:6.2f} of the limit"
+            if record["of_vector_limit"]:
+                told += f", {record['of_vector_limit']['median']:.2f} of vectors'"
         elif ratio:
             told = f"{ratio['median']:6.2f}x [{ratio['p25']:.2f} .. {ratio['p75']:.2f}]"
         lines.append(
@@ -104,6 +106,8 @@ def _row(record: Mapping[str, Any]) -> str:
     for goal in record["goals"]:
         if goal["what"] == "limit":
             by_kind["limit"].append(_cell(goal))
+        elif goal["what"] == "vector limit":
+            by_kind["limit"].append(f"{_cell(goal)} of vectors'")
         elif goal["what"] in record["speedup"]:
             by_kind["peer"].append(f"{_cell(goal)} {goal['what']}")
         elif record["measure"] == "speed":
@@ -111,8 +115,8 @@ def _row(record: Mapping[str, Any]) -> str:
         else:
             amounts = (_amount(goal[key], record["measure"]) for key in ("reached", "asked"))
             by_kind["other"].append(_marked("{} (at most {})".format(*amounts), goal))
-    if record["of_limit"] and not by_kind["limit"]:
-        by_kind["limit"] = [f"{record['of_limit']['median']:.2f}"]
+    if record["of_limit"] and (record["of_vector_limit"] or not by_kind["limit"]):
+        by_kind["limit"].insert(0, f"{record['of_limit']['median']:.2f}")
     peer = fastest_peer(record)
     if peer and not by_kind["peer"]:
         by_kind["peer"] = [f"{record['speedup'][peer]['median']:.2f} {peer}"]

@@ -114,6 +114,7 @@ def test_tiles_are_judged_by_tiles(monkeypatch):
     assert work == {"bf16-amx": 4 * 2 * 3 * 4 * 8, "fp32": 22 * 2 * 3 * 4}
     p = Nsa(S=256, D=64, dtype="bf16", N1=4, N2=1)
     assert p.work == {"bf16-amx": p.operations, "fp32": 22 * p.operations / (2 * (64 + 128))}
+    assert shapes.vector_work(p) == {"bf16": p.operations}
 
 
 def test_work_by_hand():
@@ -238,6 +239,18 @@ def test_evaluate():
     assert record["of_limit"]["median"] == 0.5
     assert goals.fastest_peer(record) == "fast peer"
     assert judged(record) == [("limit", 0.5, 0.9, "missed"), ("fast peer", 1.5, 1.1, "reached")]
+
+
+def test_matrix_tiles_are_judged_by_vectors(monkeypatch):
+    monkeypatch.setattr(shapes, "_instruction", lambda target: "int8-amx")
+    measured = {"opferry": 2.0, "limit int8-amx": 0.5, "limit int8": 1.6}
+    found = {name: series((s, True), (s, True)) for name, s in measured.items()}
+    record = measure.evaluate(FUSED, found, {"int8-amx": 12000.0, "int8": 6000.0})
+    record["goals"] = goals.judge(FUSED, record)
+    assert record["of_limit"]["median"] == 0.25
+    assert judged(record) == [("vector limit", 1.6, 0.9, "reached")]
+    found = {"machine": machine.machine(), "took_s": 61.0, "cases": [record]}
+    assert "| 0.25; 1.60 (0.90) of vectors' |" in table.markdown(found)
 
 
 def test_evaluate_without_limit_or_peers():
