@@ -17,15 +17,16 @@ from __future__ import annotations
 
 from tvm import tirx
 from tvm.ir.expr import TensorLoad
-from tvm.s_tir import Schedule, ScheduleError
+from tvm.s_tir import SBlock, Schedule, ScheduleError
 from tvm.s_tir.dlight.analysis import SBlockInfo, normalize_prim_func
 from tvm.s_tir.dlight.base import get_extent
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.sym import Analyzer
 from tvm.target import Target
 from tvm.target.codegen import llvm_get_vector_width
+from tvm_ffi import structural_walk
 
-from . import elementary, row_lanes
+from . import division, elementary, row_lanes
 
 _GRAIN = 8192
 """Elements of work below which a parallel region costs more than it saves."""
@@ -90,24 +91,40 @@ class Rows(_Rule):
 
 def _without_temporaries(sch: Schedule, blocks: list[SBlockInfo]) -> list[SBlockInfo]:
     """Inline what is read by one block of the same shape, or only converts its input; the rest is
-    computed once a row.
+    computed once a row. From the end, so that what branches and joins again is read by one block.
     """
     kept = []
     parameters = set(sch.mod["main"].params)
-    for info in blocks:
+    for info in reversed(blocks):
+        block = sch.get(info.block_rv)
         consumers = sch.get_consumers(info.block_rv)
         shape = len(info.iters)
         if (
             info.is_injective()
             and consumers
-            and sch.get(info.block_rv).writes[0].source not in parameters
-            and (len(consumers) == 1 or _converts(sch, info.block_rv))
+            and block.writes[0].source not in parameters
+            and (_read_by_one(sch, block, consumers) or _converts(sch, info.block_rv))
             and all(len(sch.get(block).iter_vars) <= shape for block in consumers)
         ):
             sch.compute_inline(info.block_rv)
         else:
             kept.append(info)
-    return kept
+    return kept[::-1]
+
+
+_LARGEST_COPY = 64
+"""Nodes of an expression that may be repeated; LLVM computes it once."""
+
+
+def _read_by_one(sch: Schedule, block: SBlock, consumers: list[SBlockRV]) -> bool:
+    """One block reads it, once or what is small more often."""
+    if len(consumers) > 1:
+        return False
+    loads, nodes = [], []
+    structural_walk(sch.get(consumers[0]).body, (TensorLoad, loads.append))
+    reads = sum(load.source.same_as(block.writes[0].source) for load in loads)
+    structural_walk(block.body, (tirx.Expr, nodes.append))
+    return reads == 1 or len(nodes) <= _LARGEST_COPY
 
 
 def _converts(sch: Schedule, block: SBlockRV) -> bool:
@@ -233,7 +250,7 @@ def schedule(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
     """``func`` by the first rule that applies, its elementary functions as arithmetic."""
     for rule in RULES:
         if (sch := rule.apply(func, target)) is not None:
-            func = row_lanes.fold(sch.mod["main"])
+            func = division.by_reciprocals(row_lanes.fold(sch.mod["main"]), target)
             break
     return elementary.expand(func)
 
