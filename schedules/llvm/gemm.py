@@ -8,6 +8,7 @@
         by the rows that are left:            whole tiles, and shorter ones for the last
             dot_init                          rows x NB int32, in registers
             for k group:
+                prefetch groups of the panel to come
                 unrolled rows x vectors:      one tensorized dot product each
             epilogue, store                   from registers to the output, vectorised
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from tvm import DataType, s_tir
+from tvm import DataType, s_tir, tirx
 from tvm.ir import Expr
 from tvm.target import Target
 from tvm.tirx import IntImm, PrimFunc, Stmt
@@ -46,15 +47,21 @@ class GemmConfig:
     """Panels of B that every tile of rows meets in turn: they, a tile of A and the lines of the
     output share the second-level cache.
     """
+    unrolled: int = 1
+    """Groups of k in an iteration, where they divide those of K."""
+    ahead: int = 16
+    """Groups of k by which a panel of B is asked for, from the second-level cache to the first,
+    before it is used; 0: left to the hardware.
+    """
 
 
 CONFIGS = {
     # rows * vectors accumulators, vectors of B and one of A must fit the register file.
-    x86.VNNI_512: GemmConfig(rows=12, vectors=2),
+    x86.VNNI_512: GemmConfig(rows=12, vectors=2, unrolled=4),
     x86.VNNI_256: GemmConfig(rows=6, vectors=2),
     x86.AVX512BW: GemmConfig(rows=12, vectors=2),
-    x86.AVX2: GemmConfig(rows=4, vectors=2),
-    x86.PORTABLE: GemmConfig(rows=2, vectors=1),
+    x86.AVX2: GemmConfig(rows=6, vectors=2),
+    x86.PORTABLE: GemmConfig(rows=2, vectors=1, ahead=0),
 }
 
 
@@ -107,6 +114,12 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
     if not whole_panels:
         sch.set_scope(epilogue, 0, "local")
 
+    config = CONFIGS[dot]
+    unrolled = config.unrolled if _extent(sch, ko) % config.unrolled == 0 else 1
+    if unrolled > 1:
+        ko, part = sch.split(ko, [None, unrolled])
+        sch.unroll(part)
+    sch.annotate(ko, tiles.STEP, 1)
     sch.annotate(mi, tiles.ROW, 1)
     sch.unroll(mi)
     sch.unroll(nv)
@@ -121,7 +134,7 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
     sch.parallel(sch.fuse(*sch.get_loops(pack)[:2]))
 
     panels, *panel = map(int, func.params[1].ty.shape[1:])
-    groups, config = panel[0], CONFIGS[dot]
+    groups = panel[0]
     # Rows of A an odd number of cache lines apart: rows of 4 KiB would share one set of the cache.
     line = _LINE_BYTES * 8 // DataType(dot.a_dtype).bits
     if groups * dot.group >= 8 * line:
@@ -130,16 +143,27 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
     for level, loop in enumerate((z, no, mo)):
         sch.annotate(loop, tiles.NEST, level)
     sch.annotate(sch.get_loops(init)[3], tiles.ROW, 1)
-    y = func.params[-1]
+    b, y = func.params[1], func.params[-1]
     m = y.ty.shape[-2]
 
-    def prefetch(z: Expr, no: Expr, mo: Expr) -> Stmt:
+    def prefetch_tile(z: Expr, no: Expr, mo: Expr) -> Stmt:
         return tiles.prefetch_rows(y, [z], mo * rows, rows, no * cols, cols)
+
+    def prefetch_panel(no: Expr, step: Expr) -> Stmt:
+        group = step * unrolled + config.ahead
+        return tiles.prefetch_groups(b, [tirx.const(0, "int64"), no], group, unrolled)
 
     block = min(panels, max(1, config.block_bytes // prod(panel)))
     apart = len(y.ty.shape) == 3  # in COL32 the rows of a tile lie one after the other
+    one_matrix = isinstance(b.ty.shape[0], IntImm) and int(b.ty.shape[0]) == 1
     return tiles.parallel_tiles(
-        sch.mod["main"], m, rows, config.heights, block, prefetch if apart else None
+        sch.mod["main"],
+        m,
+        rows,
+        config.heights,
+        block,
+        before=prefetch_tile if apart else None,
+        each_step=prefetch_panel if one_matrix and config.ahead else None,
     )
 
 
