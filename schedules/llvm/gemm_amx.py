@@ -7,6 +7,7 @@
         for (batch, block of panels, row tile, panel of the block) of the task:
             the end of the last rows of A aside       only where K ends inside of a step
             for step of 64 k:                         two tiles of A by two of B, four of sums
+                prefetch some lines of the next panel
                 four loads, four products
                 some rows of the epilogue             of the turn before, read from `sums`
             `sums`, of the two that a task has
@@ -55,6 +56,16 @@ class AmxConfig:
 
     block_bytes: int = 1 << 20
     """Of panels of B, that the row tiles meet in turn: in the second-level cache."""
+    streamed_bytes: int = 4 << 20
+    """A matrix of B of so many bytes or more is not in the caches of the cores: the first tile of
+    rows to meet a panel asks for the next one, into the second-level cache.
+    """
+    streamed_rows: int = 128
+    """Of A, up to which that is done: with more, products take longer than memory does."""
+    streams: int = 8
+    """Parts of the next panel that are asked for at a time: memory serves several streams faster
+    than one, which has to begin anew at every page.
+    """
     tasks: int = 256
     """At most: enough for many cores."""
     rows_unrolled: int = 3
@@ -103,6 +114,10 @@ class _Kernel:
         self.across = self.cols // amx.LANES
         self.m = _int64(p.m)
         self.a_entry: Callable[..., Expr] = lambda z, row, k: p.a_entry(self.a, z, row, k)
+        self.panel_bytes = self.cols * self.steps * amx.DEPTH
+        self.streamed = self.panels * self.panel_bytes >= config.streamed_bytes and (
+            not isinstance(problem.m, int) or problem.m <= config.streamed_rows
+        )
         self.rows_a_step = -(-2 * amx.ROWS // self.steps)
         self.rest = p.k % amx.DEPTH
         self.beyond = -(-self.steps * amx.DEPTH // p.k) - 1
@@ -118,7 +133,7 @@ class _Kernel:
         halves = _bound(tirx.max(halves, _int64(1)))
         self.height = _bound(tirx.truncdiv(self.m + (halves - 1), halves))
         tiles = _bound(tirx.min(tirx.truncdiv(halves + 1, _int64(2)), self.m))
-        block = max(1, min(self.panels, c.block_bytes // (self.cols * self.steps * amx.DEPTH)))
+        block = max(1, min(self.panels, c.block_bytes // self.panel_bytes))
         per_matrix = _bound(tiles * self.panels)
         total = _bound(per_matrix * p.batch)
         (tasks,) = opaque("int64", [self._tasks(total)])
@@ -242,6 +257,9 @@ class _Kernel:
                     load(i, step)
 
         def products(step: Expr | int, load: Callable[[int, Expr | int], None]) -> None:
+            if self.streamed:
+                with T.If(tirx.all(first == 0, self.m <= self.c.streamed_rows)), T.Then():
+                    self._ask_ahead(zb, panel, step)
             for j in range(across):
                 group, column = step * (amx.DEPTH // amx.GROUP), j * amx.LANES
                 address = T.address_of(self.b[zb, panel, group, column, 0])
@@ -263,6 +281,20 @@ class _Kernel:
         fields = (down * self.height, slot, z, panel, starts[0], starts[-1])
         for field, value in enumerate(fields):
             T.buffer_store(self.pending, _int64(value), [field])
+
+    def _ask_ahead(self, zb: Expr, panel: Expr, step: Expr | int) -> None:
+        """The share of a step in asking for the panel after ``panel``; after the last one there is
+        another matrix, or nothing, which does no harm.
+        """
+        streams = self.c.streams
+        lines, part = self.cols // streams, self.panel_bytes // streams
+        group_bytes = self.cols * amx.GROUP
+        for stream in range(streams):
+            start = T.Bind(_int64(step * (lines * _LINE_BYTES)) + stream * part)
+            for line in range(lines):
+                group, inside = _divided(start + line * _LINE_BYTES, _int64(group_bytes))
+                address = T.address_of(self.b[zb, panel + 1, group, inside // amx.GROUP, 0])
+                T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, *_TO_SECOND_LEVEL))
 
     # The end of the last rows of A.
 
@@ -357,6 +389,10 @@ class _Kernel:
         acc = self.sums[place[0], place[1], column]
         return self.p.epilogue(acc, self.p.at(z, m, n, col), *self.operands)
 
+
+_LINE_BYTES = 64
+_TO_SECOND_LEVEL = (0, 2, 1)
+"""Operands of ``llvm.prefetch``: read, not into the first-level cache, data."""
 
 _ENDS = 2 * amx.ROWS
 """Rows of A whose ends a thread can set aside: a tile's, and as many that lead out of A."""
