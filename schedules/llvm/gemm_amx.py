@@ -71,7 +71,11 @@ class AmxConfig:
     rows_unrolled: int = 3
     """Rows of the epilogue in a step of 64 k, up to which they are straight code."""
     task_steps: int = 256
-    """At least, of a task: configuring the tiles and the last epilogue are to be little of it."""
+    """At least, of each of four tasks or more: configuring the tiles and the last epilogue are to
+    be little of it.
+    """
+    shared_steps: int = 128
+    """At least, of a product that two tasks share: a second core takes no longer to join in."""
     steps_skewed: int = 2
     """Of rows of A that are read in place though they cross cache lines, at most; with more, a copy
     on whole lines takes less time than the crossings.
@@ -160,7 +164,8 @@ class _Kernel:
         steps = max(self.steps, self.c.epilogue_steps)
         tasks = tirx.min(total, _int64(1))
         for i in range(1, self.c.tasks.bit_length()):
-            enough = total * steps >= self.c.task_steps << i
+            least = self.c.task_steps << i if i > 1 else self.c.shared_steps
+            enough = total * steps >= least
             tasks = tirx.Select(tirx.all(enough, total >= 1 << i), _int64(1 << i), tasks)
         return tasks
 
