@@ -48,11 +48,19 @@ class GemmConfig:
     output share the second-level cache.
     """
     unrolled: int = 1
-    """Groups of k in an iteration, where they divide those of K."""
+    """Groups of k in an iteration, where they divide those of K; more if `streams` ask for it."""
     ahead: int = 16
     """Groups of k by which a panel of B is asked for, from the second-level cache to the first,
     before it is used; 0: left to the hardware.
     """
+    streamed_bytes: int = 4 << 20
+    """A matrix of B of so many bytes or more is not in the caches of the cores: with few rows of A,
+    the whole next panel is asked for instead, from memory to the second-level cache.
+    """
+    streamed_rows: int = 32
+    """Of A, up to which that is done: with more, products take longer than memory does."""
+    streams: int = 8
+    """Parts of that panel that are asked for at a time."""
 
 
 CONFIGS = {
@@ -114,8 +122,16 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
     if not whole_panels:
         sch.set_scope(epilogue, 0, "local")
 
-    config = CONFIGS[dot]
-    unrolled = config.unrolled if _extent(sch, ko) % config.unrolled == 0 else 1
+    config, b, y = CONFIGS[dot], func.params[1], func.params[-1]
+    panels, *panel = map(int, b.ty.shape[1:])
+    groups, panel_bytes, m = panel[0], prod(panel), y.ty.shape[-2]
+    few = isinstance(m, IntImm) and int(m.value) <= config.streamed_rows
+    asks = config.ahead > 0 and isinstance(b.ty.shape[0], IntImm) and int(b.ty.shape[0]) == 1
+    streamed = asks and few and panels * panel_bytes >= config.streamed_bytes
+    group_bytes = panel_bytes // groups
+    unrolled = config.streams * _LINE_BYTES // group_bytes if streamed else config.unrolled
+    if groups % unrolled:
+        unrolled, streamed = 1, False
     if unrolled > 1:
         ko, part = sch.split(ko, [None, unrolled])
         sch.unroll(part)
@@ -133,8 +149,6 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
         init = sch.decompose_reduction(acc, ko)
     sch.parallel(sch.fuse(*sch.get_loops(pack)[:2]))
 
-    panels, *panel = map(int, func.params[1].ty.shape[1:])
-    groups = panel[0]
     # Rows of A an odd number of cache lines apart: rows of 4 KiB would share one set of the cache.
     line = _LINE_BYTES * 8 // DataType(dot.a_dtype).bits
     if groups * dot.group >= 8 * line:
@@ -143,19 +157,23 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
     for level, loop in enumerate((z, no, mo)):
         sch.annotate(loop, tiles.NEST, level)
     sch.annotate(sch.get_loops(init)[3], tiles.ROW, 1)
-    b, y = func.params[1], func.params[-1]
-    m = y.ty.shape[-2]
 
     def prefetch_tile(z: Expr, no: Expr, mo: Expr) -> Stmt:
         return tiles.prefetch_rows(y, [z], mo * rows, rows, no * cols, cols)
 
-    def prefetch_panel(no: Expr, step: Expr) -> Stmt:
-        group = step * unrolled + config.ahead
-        return tiles.prefetch_groups(b, [tirx.const(0, "int64"), no], group, unrolled)
+    zero = tirx.const(0, "int64")
 
-    block = min(panels, max(1, config.block_bytes // prod(panel)))
+    def prefetch_groups(no: Expr, step: Expr) -> Stmt:
+        return tiles.prefetch_groups(b, [zero, no], step * unrolled + config.ahead, unrolled)
+
+    def prefetch_panel(no: Expr, step: Expr) -> Stmt:
+        step_bytes = group_bytes * unrolled
+        lines = tiles.prefetch_panel(b, [zero, no + 1], step, step_bytes, config.streams)
+        return tiles.sequence(lines)
+
+    block = min(panels, max(1, config.block_bytes // panel_bytes))
     apart = len(y.ty.shape) == 3  # in COL32 the rows of a tile lie one after the other
-    one_matrix = isinstance(b.ty.shape[0], IntImm) and int(b.ty.shape[0]) == 1
+    each_step = prefetch_panel if streamed else prefetch_groups
     return tiles.parallel_tiles(
         sch.mod["main"],
         m,
@@ -163,7 +181,7 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
         config.heights,
         block,
         before=prefetch_tile if apart else None,
-        each_step=prefetch_panel if one_matrix and config.ahead else None,
+        each_step=each_step if asks else None,
     )
 
 

@@ -42,6 +42,7 @@ from ..intrin import x86_amx as amx
 from ..parameters import parameters
 from ..tile import Tile
 from .attention_task import opaque
+from .tiles import prefetch_panel
 
 if TYPE_CHECKING:
     from ...relay_ops.int8_matmul import Problem
@@ -63,9 +64,7 @@ class AmxConfig:
     streamed_rows: int = 128
     """Of A, up to which that is done: with more, products take longer than memory does."""
     streams: int = 8
-    """Parts of the next panel that are asked for at a time: memory serves several streams faster
-    than one, which has to begin anew at every page.
-    """
+    """Parts of that panel that are asked for at a time."""
     tasks: int = 256
     """At most: enough for many cores."""
     rows_unrolled: int = 3
@@ -288,18 +287,11 @@ class _Kernel:
             T.buffer_store(self.pending, _int64(value), [field])
 
     def _ask_ahead(self, zb: Expr, panel: Expr, step: Expr | int) -> None:
-        """The share of a step in asking for the panel after ``panel``; after the last one there is
-        another matrix, or nothing, which does no harm.
-        """
-        streams = self.c.streams
-        lines, part = self.cols // streams, self.panel_bytes // streams
-        group_bytes = self.cols * amx.GROUP
-        for stream in range(streams):
-            start = T.Bind(_int64(step * (lines * _LINE_BYTES)) + stream * part)
-            for line in range(lines):
-                group, inside = _divided(start + line * _LINE_BYTES, _int64(group_bytes))
-                address = T.address_of(self.b[zb, panel + 1, group, inside // amx.GROUP, 0])
-                T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, *_TO_SECOND_LEVEL))
+        """The share of a step in asking for the panel after ``panel``."""
+        step_bytes = self.panel_bytes // self.steps
+        head, step = [zb, panel + 1], _int64(step)
+        for line in prefetch_panel(self.b, head, step, step_bytes, self.c.streams):
+            T.evaluate(line.value)
 
     # The end of the last rows of A.
 
@@ -394,10 +386,6 @@ class _Kernel:
         acc = self.sums[place[0], place[1], column]
         return self.p.epilogue(acc, self.p.at(z, m, n, col), *self.operands)
 
-
-_LINE_BYTES = 64
-_TO_SECOND_LEVEL = (0, 2, 1)
-"""Operands of ``llvm.prefetch``: read, not into the first-level cache, data."""
 
 _ENDS = 2 * amx.ROWS
 """Rows of A whose ends a thread can set aside: a tile's, and as many that lead out of A."""

@@ -147,7 +147,7 @@ def prefetch_rows(
     zero = tirx.const(0, "int64")
     step = _LINE_BITS // DataType(buffer.ty.dtype).bits
     columns = range(0, cols, step)
-    body = _sequence([_ask(buffer, [*head, row + i, col + at], _FOR_WRITING) for at in columns])
+    body = sequence([_ask(buffer, [*head, row + i, col + at], _FOR_WRITING) for at in columns])
     extent = tirx.const(rows, "int64")
     return For(i, zero, extent, ForKind.UNROLLED, body, annotations={ROW: tirx.const(1, "int32")})
 
@@ -164,7 +164,32 @@ def prefetch_groups(buffer: Expr, head: Sequence[Expr], group: Expr, groups: int
         ahead, col = divmod(at // depth, cols)
         place = [*head, group + ahead, tirx.const(col, "int64"), tirx.const(0, "int64")]
         lines.append(_ask(buffer, place, _FOR_READING))
-    return _sequence(lines)
+    return sequence(lines)
+
+
+def prefetch_panel(
+    buffer: Expr, head: Sequence[Expr], step: Expr, step_bytes: int, streams: int
+) -> list[Stmt]:
+    """Ask for panel ``buffer[*head]``, int8 [..., K/G, NB, G], into the second-level cache; a step
+    for its share of ``step_bytes``, in up to ``streams`` parts of the panel side by side.
+
+    Memory serves several streams faster than one, which prefetchers begin anew at every page. A
+    panel beyond the last one does no harm.
+    """
+    groups, cols, depth = map(int, buffer.ty.shape[-3:])
+    line_bytes = _LINE_BITS // 8
+    lines = step_bytes // line_bytes
+    streams = min(streams, lines)
+    lines, part = lines // streams, groups * cols * depth // streams
+    statements = []
+    for stream in range(streams):
+        for line in range(lines):
+            at = step * (lines * line_bytes) + (stream * part + line * line_bytes)
+            group = tirx.truncdiv(at, tirx.const(cols * depth, "int64"))
+            col = tirx.truncdiv(at - group * (cols * depth), tirx.const(depth, "int64"))
+            place = [*head, group, col, tirx.const(0, "int64")]
+            statements.append(_ask(buffer, place, _TO_SECOND_LEVEL))
+    return statements
 
 
 def _ask(buffer: Expr, place: Sequence[Expr], how: tuple[int, int, int]) -> Stmt:
@@ -172,14 +197,15 @@ def _ask(buffer: Expr, place: Sequence[Expr], how: tuple[int, int, int]) -> Stmt
     return tirx.Evaluate(tirx.call_intrin("void", "tirx.prefetch", address, *how))
 
 
-def _sequence(statements: Sequence[Stmt]) -> Stmt:
+def sequence(statements: Sequence[Stmt]) -> Stmt:
     return SeqStmt(statements) if len(statements) > 1 else statements[0]
 
 
 _LINE_BITS = 512
 _FOR_READING = (0, 3, 1)
 _FOR_WRITING = (1, 3, 1)
-"""Operands of ``llvm.prefetch``: read or write, into all caches, data."""
+_TO_SECOND_LEVEL = (0, 2, 1)
+"""Operands of ``llvm.prefetch``: read or write; into all caches, or not the first; data."""
 
 
 def _is(extent: Expr, value: int) -> bool:
