@@ -131,6 +131,25 @@ def test_inner_loop_keeps_its_tile_in_registers(target, m):
     assert not [line for line in loop if "mm" in line and "%rsp" in line]
 
 
+@pytest.mark.parametrize("target", [name for name in TIERS if name != "x86-64"])
+@pytest.mark.parametrize("m", [None, 3, 17])
+def test_few_rows_ask_for_large_weights_ahead(target, m):
+    """Of 4 MiB and more, into the second-level cache; the last panel is not whole."""
+    n, k = 2100, 2048
+    executable = matmul(resolve(on(target)), n, k, m)
+    assert ("prefetcht1" in assembly(executable)) is (m is not None or target == "x86-amx")
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-128, 128, size, dtype=np.int8) for size in ((1, m or 5, k), (1, n, k)))
+    y = relax.VirtualMachine(executable, tvm.cpu())["main"](tensor(a), tensor(b)).numpy()
+    assert np.array_equal(y, a.astype("float64") @ b.transpose(0, 2, 1).astype("float64"))
+
+
+@pytest.mark.parametrize("target", [name for name in TIERS if name != "x86-64"])
+def test_many_rows_or_small_weights_are_not_asked_for_ahead(target):
+    for m, n, k in ((512, 2100, 2048), (3, 96, 512)):
+        assert "prefetcht1" not in assembly(matmul(resolve(target), n, k, m))
+
+
 @pytest.mark.parametrize(
     ("m", "n", "loads", "products"),
     [(96, 96, 4, 4), (16, 96, 3, 2), (96, 16, 3, 2), (1, 16, 2, 1)],

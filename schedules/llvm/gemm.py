@@ -8,6 +8,7 @@
         by the rows that are left:            whole tiles, and shorter ones for the last
             dot_init                          rows x NB int32, in registers
             for k group:
+                prefetch groups of the panel to come
                 unrolled rows x vectors:      one tensorized dot product each
             epilogue, store                   from registers to the output, vectorised
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from tvm import DataType, s_tir
+from tvm import DataType, s_tir, tirx
 from tvm.ir import Expr
 from tvm.target import Target
 from tvm.tirx import IntImm, PrimFunc, Stmt
@@ -46,15 +47,29 @@ class GemmConfig:
     """Panels of B that every tile of rows meets in turn: they, a tile of A and the lines of the
     output share the second-level cache.
     """
+    unrolled: int = 1
+    """Groups of k in an iteration, where they divide those of K; more if `streams` ask for it."""
+    ahead: int = 16
+    """Groups of k by which a panel of B is asked for, from the second-level cache to the first,
+    before it is used; 0: left to the hardware.
+    """
+    streamed_bytes: int = 4 << 20
+    """A matrix of B of so many bytes or more is not in the caches of the cores: with few rows of A,
+    the whole next panel is asked for instead, from memory to the second-level cache.
+    """
+    streamed_rows: int = 32
+    """Of A, up to which that is done: with more, products take longer than memory does."""
+    streams: int = 8
+    """Parts of that panel that are asked for at a time."""
 
 
 CONFIGS = {
     # rows * vectors accumulators, vectors of B and one of A must fit the register file.
-    x86.VNNI_512: GemmConfig(rows=12, vectors=2),
+    x86.VNNI_512: GemmConfig(rows=12, vectors=2, unrolled=4),
     x86.VNNI_256: GemmConfig(rows=6, vectors=2),
     x86.AVX512BW: GemmConfig(rows=12, vectors=2),
-    x86.AVX2: GemmConfig(rows=4, vectors=2),
-    x86.PORTABLE: GemmConfig(rows=2, vectors=1),
+    x86.AVX2: GemmConfig(rows=6, vectors=2),
+    x86.PORTABLE: GemmConfig(rows=2, vectors=1, ahead=0),
 }
 
 
@@ -107,6 +122,20 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
     if not whole_panels:
         sch.set_scope(epilogue, 0, "local")
 
+    config, b, y = CONFIGS[dot], func.params[1], func.params[-1]
+    panels, *panel = map(int, b.ty.shape[1:])
+    groups, panel_bytes, m = panel[0], prod(panel), y.ty.shape[-2]
+    few = isinstance(m, IntImm) and int(m.value) <= config.streamed_rows
+    asks = config.ahead > 0 and isinstance(b.ty.shape[0], IntImm) and int(b.ty.shape[0]) == 1
+    streamed = asks and few and panels * panel_bytes >= config.streamed_bytes
+    group_bytes = panel_bytes // groups
+    unrolled = config.streams * _LINE_BYTES // group_bytes if streamed else config.unrolled
+    if groups % unrolled:
+        unrolled, streamed = 1, False
+    if unrolled > 1:
+        ko, part = sch.split(ko, [None, unrolled])
+        sch.unroll(part)
+    sch.annotate(ko, tiles.STEP, 1)
     sch.annotate(mi, tiles.ROW, 1)
     sch.unroll(mi)
     sch.unroll(nv)
@@ -120,8 +149,6 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
         init = sch.decompose_reduction(acc, ko)
     sch.parallel(sch.fuse(*sch.get_loops(pack)[:2]))
 
-    panels, *panel = map(int, func.params[1].ty.shape[1:])
-    groups, config = panel[0], CONFIGS[dot]
     # Rows of A an odd number of cache lines apart: rows of 4 KiB would share one set of the cache.
     line = _LINE_BYTES * 8 // DataType(dot.a_dtype).bits
     if groups * dot.group >= 8 * line:
@@ -130,16 +157,31 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
     for level, loop in enumerate((z, no, mo)):
         sch.annotate(loop, tiles.NEST, level)
     sch.annotate(sch.get_loops(init)[3], tiles.ROW, 1)
-    y = func.params[-1]
-    m = y.ty.shape[-2]
 
-    def prefetch(z: Expr, no: Expr, mo: Expr) -> Stmt:
+    def prefetch_tile(z: Expr, no: Expr, mo: Expr) -> Stmt:
         return tiles.prefetch_rows(y, [z], mo * rows, rows, no * cols, cols)
 
-    block = min(panels, max(1, config.block_bytes // prod(panel)))
+    zero = tirx.const(0, "int64")
+
+    def prefetch_groups(no: Expr, step: Expr) -> Stmt:
+        return tiles.prefetch_groups(b, [zero, no], step * unrolled + config.ahead, unrolled)
+
+    def prefetch_panel(no: Expr, step: Expr) -> Stmt:
+        step_bytes = group_bytes * unrolled
+        lines = tiles.prefetch_panel(b, [zero, no + 1], step, step_bytes, config.streams)
+        return tiles.sequence(lines)
+
+    block = min(panels, max(1, config.block_bytes // panel_bytes))
     apart = len(y.ty.shape) == 3  # in COL32 the rows of a tile lie one after the other
+    each_step = prefetch_panel if streamed else prefetch_groups
     return tiles.parallel_tiles(
-        sch.mod["main"], m, rows, config.heights, block, prefetch if apart else None
+        sch.mod["main"],
+        m,
+        rows,
+        config.heights,
+        block,
+        before=prefetch_tile if apart else None,
+        each_step=each_step if asks else None,
     )
 
 

@@ -7,6 +7,7 @@
         for (batch, block of panels, row tile, panel of the block) of the task:
             the end of the last rows of A aside       only where K ends inside of a step
             for step of 64 k:                         two tiles of A by two of B, four of sums
+                prefetch some lines of the next panel
                 four loads, four products
                 some rows of the epilogue             of the turn before, read from `sums`
             `sums`, of the two that a task has
@@ -41,6 +42,7 @@ from ..intrin import x86_amx as amx
 from ..parameters import parameters
 from ..tile import Tile
 from .attention_task import opaque
+from .tiles import prefetch_panel
 
 if TYPE_CHECKING:
     from ...relay_ops.int8_matmul import Problem
@@ -55,12 +57,24 @@ class AmxConfig:
 
     block_bytes: int = 1 << 20
     """Of panels of B, that the row tiles meet in turn: in the second-level cache."""
+    streamed_bytes: int = 4 << 20
+    """A matrix of B of so many bytes or more is not in the caches of the cores: the first tile of
+    rows to meet a panel asks for the next one, into the second-level cache.
+    """
+    streamed_rows: int = 128
+    """Of A, up to which that is done: with more, products take longer than memory does."""
+    streams: int = 8
+    """Parts of that panel that are asked for at a time."""
     tasks: int = 256
     """At most: enough for many cores."""
     rows_unrolled: int = 3
     """Rows of the epilogue in a step of 64 k, up to which they are straight code."""
     task_steps: int = 256
-    """At least, of a task: configuring the tiles and the last epilogue are to be little of it."""
+    """At least, of each of four tasks or more: configuring the tiles and the last epilogue are to
+    be little of it.
+    """
+    shared_steps: int = 128
+    """At least, of a product that two tasks share: a second core takes no longer to join in."""
     steps_skewed: int = 2
     """Of rows of A that are read in place though they cross cache lines, at most; with more, a copy
     on whole lines takes less time than the crossings.
@@ -103,6 +117,10 @@ class _Kernel:
         self.across = self.cols // amx.LANES
         self.m = _int64(p.m)
         self.a_entry: Callable[..., Expr] = lambda z, row, k: p.a_entry(self.a, z, row, k)
+        self.panel_bytes = self.cols * self.steps * amx.DEPTH
+        self.streamed = self.panels * self.panel_bytes >= config.streamed_bytes and (
+            not isinstance(problem.m, int) or problem.m <= config.streamed_rows
+        )
         self.rows_a_step = -(-2 * amx.ROWS // self.steps)
         self.rest = p.k % amx.DEPTH
         self.beyond = -(-self.steps * amx.DEPTH // p.k) - 1
@@ -118,7 +136,7 @@ class _Kernel:
         halves = _bound(tirx.max(halves, _int64(1)))
         self.height = _bound(tirx.truncdiv(self.m + (halves - 1), halves))
         tiles = _bound(tirx.min(tirx.truncdiv(halves + 1, _int64(2)), self.m))
-        block = max(1, min(self.panels, c.block_bytes // (self.cols * self.steps * amx.DEPTH)))
+        block = max(1, min(self.panels, c.block_bytes // self.panel_bytes))
         per_matrix = _bound(tiles * self.panels)
         total = _bound(per_matrix * p.batch)
         (tasks,) = opaque("int64", [self._tasks(total)])
@@ -145,7 +163,8 @@ class _Kernel:
         steps = max(self.steps, self.c.epilogue_steps)
         tasks = tirx.min(total, _int64(1))
         for i in range(1, self.c.tasks.bit_length()):
-            enough = total * steps >= self.c.task_steps << i
+            least = self.c.task_steps << i if i > 1 else self.c.shared_steps
+            enough = total * steps >= least
             tasks = tirx.Select(tirx.all(enough, total >= 1 << i), _int64(1 << i), tasks)
         return tasks
 
@@ -242,6 +261,9 @@ class _Kernel:
                     load(i, step)
 
         def products(step: Expr | int, load: Callable[[int, Expr | int], None]) -> None:
+            if self.streamed:
+                with T.If(tirx.all(first == 0, self.m <= self.c.streamed_rows)), T.Then():
+                    self._ask_ahead(zb, panel, step)
             for j in range(across):
                 group, column = step * (amx.DEPTH // amx.GROUP), j * amx.LANES
                 address = T.address_of(self.b[zb, panel, group, column, 0])
@@ -263,6 +285,13 @@ class _Kernel:
         fields = (down * self.height, slot, z, panel, starts[0], starts[-1])
         for field, value in enumerate(fields):
             T.buffer_store(self.pending, _int64(value), [field])
+
+    def _ask_ahead(self, zb: Expr, panel: Expr, step: Expr | int) -> None:
+        """The share of a step in asking for the panel after ``panel``."""
+        step_bytes = self.panel_bytes // self.steps
+        head, step = [zb, panel + 1], _int64(step)
+        for line in prefetch_panel(self.b, head, step, step_bytes, self.c.streams):
+            T.evaluate(line.value)
 
     # The end of the last rows of A.
 

@@ -17,6 +17,8 @@ NEST = "opferry.tile_nest"
 """Annotates three nested loops with 0, 1, 2: batch, panel of columns, tile of rows."""
 ROW = "opferry.tile_row"
 """Annotates every loop over the rows inside a tile."""
+STEP = "opferry.tile_step"
+"""Annotates the loop over the reduction inside a tile."""
 
 
 def parallel_tiles(
@@ -26,6 +28,7 @@ def parallel_tiles(
     heights: Sequence[int],
     block: int,
     before: Callable[[Expr, Expr, Expr], Stmt] | None = None,
+    each_step: Callable[[Expr, Expr], Stmt] | None = None,
 ) -> PrimFunc:
     """Turn the loops marked `NEST` into
 
@@ -34,6 +37,8 @@ def parallel_tiles(
                 before(z, no, mo)
                 if at least ``rows`` of the ``m`` rows are left: the body
                 else: the body with its `ROW` loops cut to the least of ``heights`` that suffices
+
+    where each iteration of the `STEP` loop begins with each_step(no, its variable).
 
     A thread's run of f goes through the panels of a block for one tile of rows, then for the next:
     the block stays in the cache, and neighbouring tiles of the output are written in turn.
@@ -49,6 +54,8 @@ def parallel_tiles(
         loops = [loop, loop.body, loop.body.body]
         z, no, mo = (axis.loop_var for axis in loops)
         body = loops[-1].body
+        if each_step is not None:
+            body = _at_each_step(body, lambda step: each_step(no, step))
         if before is not None:
             body = SeqStmt([before(z, no, mo), body])
         body = _by_height(body, m - mo * rows, rows, _reachable(m, rows, heights))
@@ -102,6 +109,18 @@ def _with_buffers(block: SBlock, buffers: Sequence[Var]) -> SBlock:
     )
 
 
+def _at_each_step(body: Stmt, first: Callable[[Expr], Stmt]) -> Stmt:
+    """``body`` with first(its variable) at the beginning of the loop marked `STEP`."""
+
+    def extend(loop: For) -> For:
+        if STEP not in loop.annotations:
+            return loop
+        step = SeqStmt([first(loop.loop_var), loop.body])
+        return For(loop.loop_var, loop.min, loop.extent, loop.kind, step)
+
+    return structural_map(body, (For, extend))
+
+
 def _position(f: Expr, batch: Expr, panels: Expr, tiles: Expr, block: int) -> list[Expr]:
     """(mo, no, z) of task f; the last block has the panels that are left."""
     z = tirx.const(0, "int64")
@@ -127,20 +146,66 @@ def prefetch_rows(
     i = tirx.Var("row", "int64")
     zero = tirx.const(0, "int64")
     step = _LINE_BITS // DataType(buffer.ty.dtype).bits
-
-    def line(offset: int) -> Stmt:
-        address = tirx.address_of(tirx.BufferLoad(buffer, [*head, row + i, col + offset]))
-        return tirx.Evaluate(tirx.call_intrin("void", "tirx.prefetch", address, *_FOR_WRITING))
-
-    lines = [line(offset) for offset in range(0, cols, step)]
-    body = SeqStmt(lines) if len(lines) > 1 else lines[0]
+    columns = range(0, cols, step)
+    body = sequence([_ask(buffer, [*head, row + i, col + at], _FOR_WRITING) for at in columns])
     extent = tirx.const(rows, "int64")
     return For(i, zero, extent, ForKind.UNROLLED, body, annotations={ROW: tirx.const(1, "int32")})
 
 
+def prefetch_groups(buffer: Expr, head: Sequence[Expr], group: Expr, groups: int) -> Stmt:
+    """Ask for ``buffer[*head, group : group + groups]``, int8 [..., K/G, NB, G], for reading.
+
+    The end of a panel leads into the next one; beyond the last it does no harm.
+    """
+    cols, depth = map(int, buffer.ty.shape[-2:])
+    step = _LINE_BITS // DataType(buffer.ty.dtype).bits
+    lines = []
+    for at in range(0, groups * cols * depth, step):
+        ahead, col = divmod(at // depth, cols)
+        place = [*head, group + ahead, tirx.const(col, "int64"), tirx.const(0, "int64")]
+        lines.append(_ask(buffer, place, _FOR_READING))
+    return sequence(lines)
+
+
+def prefetch_panel(
+    buffer: Expr, head: Sequence[Expr], step: Expr, step_bytes: int, streams: int
+) -> list[Stmt]:
+    """Ask for panel ``buffer[*head]``, int8 [..., K/G, NB, G], into the second-level cache; a step
+    for its share of ``step_bytes``, in up to ``streams`` parts of the panel side by side.
+
+    Memory serves several streams faster than one, which prefetchers begin anew at every page. A
+    panel beyond the last one does no harm.
+    """
+    groups, cols, depth = map(int, buffer.ty.shape[-3:])
+    line_bytes = _LINE_BITS // 8
+    lines = step_bytes // line_bytes
+    streams = min(streams, lines)
+    lines, part = lines // streams, groups * cols * depth // streams
+    statements = []
+    for stream in range(streams):
+        for line in range(lines):
+            at = step * (lines * line_bytes) + (stream * part + line * line_bytes)
+            group = tirx.truncdiv(at, tirx.const(cols * depth, "int64"))
+            col = tirx.truncdiv(at - group * (cols * depth), tirx.const(depth, "int64"))
+            place = [*head, group, col, tirx.const(0, "int64")]
+            statements.append(_ask(buffer, place, _TO_SECOND_LEVEL))
+    return statements
+
+
+def _ask(buffer: Expr, place: Sequence[Expr], how: tuple[int, int, int]) -> Stmt:
+    address = tirx.address_of(tirx.BufferLoad(buffer, place))
+    return tirx.Evaluate(tirx.call_intrin("void", "tirx.prefetch", address, *how))
+
+
+def sequence(statements: Sequence[Stmt]) -> Stmt:
+    return SeqStmt(statements) if len(statements) > 1 else statements[0]
+
+
 _LINE_BITS = 512
+_FOR_READING = (0, 3, 1)
 _FOR_WRITING = (1, 3, 1)
-"""Operands of ``llvm.prefetch``: write, into all caches, data."""
+_TO_SECOND_LEVEL = (0, 2, 1)
+"""Operands of ``llvm.prefetch``: read or write; into all caches, or not the first; data."""
 
 
 def _is(extent: Expr, value: int) -> bool:
