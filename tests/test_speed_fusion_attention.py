@@ -327,6 +327,78 @@ def test_bfloat16_multiplies_matrix_tiles():
     assert "vdpbf16ps" not in text
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scores", "output"), [(F32, 24, 24), (F16, 16, 12)], ids=["float32", "float16"]
+)
+def test_matrix_tiles_multiply_terms(dtype, scores, output):
+    """Products of terms, four tiles each: six of float32, four and three of float16."""
+    feeds = qkv(S1=128, S2=256, D=32, dtype=dtype)
+    attrs = {"head_num": 2, "input_layout": "BNSD"}
+    blocks = re.split(r"\n(?=\.\w+:)", listing(feeds, scale=0.125, **attrs))
+    dots = {b.count("\ttdpbf16ps\t") for b in blocks} - {0}
+    assert dots
+    assert all(n % scores == 0 or n % output == 0 for n in dots)
+    assert all(any(n % step == 0 for n in dots) for step in (scores, output))
+    assert "tdpbf16ps" not in listing(feeds, scale=1e20, **attrs)
+
+
+def listing(feeds, **attrs):
+    module = build(feeds, target="x86-amx", **attrs)
+    texts = [m.inspect_source("asm") for m in module._executable().imports if m.kind == "llvm"]
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
+@pytest.mark.parametrize(
+    ("layout", "S1", "S2", "D"),
+    [
+        ("BSH", 33, 31, 64),
+        ("SBH", 17, 97, 33),
+        ("BNSD", 300, 290, 80),
+        ("BSND", 64, 160, 128),
+        ("BNSD", 40, 70, 5),
+        ("BSND", 50, 33, 48),
+    ],
+)
+@pytest.mark.parametrize("mode", [0, 3])
+def test_terms_on_matrix_tiles(layout, S1, S2, D, mode, dtype):
+    """Whole and partial blocks of 32 keys, rows and elements, odd D, D below a register."""
+    feeds = qkv(B=2, N1=4, N2=2, S1=S1, S2=S2, D=D, dtype=dtype, layout=layout)
+    feeds["query"] *= 3  # the maximum moves
+    if mode:
+        feeds["atten_mask"] = CAUSAL
+    check(
+        feeds,
+        target=on("x86-amx"),
+        head_num=4,
+        input_layout=layout,
+        scale=D**-0.5,
+        sparse_mode=mode,
+    )
+
+
+def test_terms_are_as_exact_as_float32():
+    """A tenth of what the operator allows: eight significant bits would miss it by a thousand,
+    sixteen by four.
+    """
+    feeds = qkv(N1=1, N2=1, S1=64, S2=96, D=64)
+    attrs = {"head_num": 1, "input_layout": "BNSD", "scale": 0.5}
+    module = build(feeds, target=on("x86-amx"), **attrs)
+    q, k, v = (feeds[name][0, 0].astype(np.float64) for name in ("query", "key", "value"))
+    scores = q @ k.T * 0.5
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    expected = weights @ v / weights.sum(1, keepdims=True)
+    assert_allclose(run(module, feeds)[0][0, 0], expected, rtol=2e-6, atol=2e-6)
+
+
+def test_terms_of_the_largest_values_are_finite():
+    """The nearest bfloat16 is infinite."""
+    feeds = qkv(S1=40, S2=1, D=32)
+    feeds["value"][:] = 3.4e38
+    module = build(feeds, target=on("x86-amx"), head_num=2, input_layout="BNSD", scale=0.2)
+    assert_allclose(run(module, feeds)[0], np.full((1, 2, 40, 32), 3.4e38), rtol=1e-6)
+
+
 @pytest.mark.parametrize("target", ["llvm", "x86-amx"])
 @pytest.mark.parametrize(
     ("layout", "S1", "S2", "D"),
@@ -349,15 +421,16 @@ def test_bfloat16(layout, S1, S2, D, mode, target):
     )
 
 
-def test_bfloat16_follows_a_rising_maximum():
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["float32", "float16", "bfloat16"])
+def test_products_follow_a_rising_maximum(dtype):
     """Scores rise by more than the reference's slack, in every tile of keys and inside of one."""
-    feeds = qkv(S1=40, S2=700, D=32, dtype=BF16)
+    feeds = qkv(S1=40, S2=700, D=32, dtype=dtype)
     feeds["query"][:] = 1
-    feeds["key"][:] = np.linspace(-0.9, 0.9, 700).astype(BF16)[:, None]
+    feeds["key"][:] = np.linspace(-0.9, 0.9, 700).astype(dtype)[:, None]
     check(feeds, head_num=2, input_layout="BNSD", scale=1.0)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("row", [0, 15, 31])
 def test_a_row_of_nan_is_alone(dtype, row):
     """Rows share registers and tiles, not results."""

@@ -18,8 +18,9 @@ keys of a row become the bits of a word.
 The memory of a thread is O(C * D + R * D), whatever S1 and S2 are.
 
 Where the target multiplies matrix tiles (AMX) or pairs (AVX512-BF16) of bfloat16, bfloat16 tasks
-take these instructions in both products (``attention_amx``, ``attention_bf16``); few query rows go
-row by row (``attention_row``).
+take these instructions in both products (``attention_amx``, ``attention_bf16``), and float32 and
+float16 tasks take matrix tiles by bfloat16 terms (``attention_split``); few query rows go row by
+row (``attention_row``).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from ..intrin import barrier, bits, x86_amx, x86_bf16
 from .attention_amx import TileTask
 from .attention_bf16 import PairTile
 from .attention_row import RowTile
+from .attention_split import SplitTask, splits
 from .attention_task import opaque
 from .attention_tile import Tile
 from .vector import VectorUnit, vector_unit
@@ -137,17 +139,24 @@ LONG_ROWS = 512
 """From so many query rows on, what the higher tile of the last task computes in vain is little."""
 WIDE_TASKS = 64
 """Tasks that leave the cores of most machines a share of equal size; of matrix tiles."""
+SPLIT_TASKS = 24
+"""The same where elements are split into terms: fewer, for each splits the keys and values."""
 
 
-def _tile_groups(problem: AttentionProblem, config: AttentionConfig) -> int:
-    """More where matrix tiles multiply: what stages the values is then a larger part."""
-    groups = 8 if problem.D <= 256 else 4
+def _tile_config(problem: AttentionProblem, config: AttentionConfig) -> AttentionConfig:
+    """More groups where matrix tiles multiply: what stages the values is then a larger part. Terms
+    fill the first-level cache with the keys of half a tile.
+    """
+    split = problem.dtype != "bfloat16"
+    config = replace(config, vectors=2, unroll=4, keys=min(config.keys, 64 if split else 128))
+    groups = (16 if split else 8) // (1 if problem.D <= 256 else 2)
+    tasks = SPLIT_TASKS if split else WIDE_TASKS
     sizes = (problem.B, problem.S1)
     if all(isinstance(size, int) for size in sizes):
         rows = problem.B * problem.N1 * problem.S1
-        while groups > 2 and rows < WIDE_TASKS * groups * config.width:
+        while groups > 2 and rows < tasks * groups * config.width:
             groups //= 2
-    return groups
+    return replace(config, groups=groups)
 
 
 ROW_TASKS = 32
@@ -175,10 +184,10 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
     """
     unit = vector_unit(target)
     config = configure(problem, unit)
-    tiles = problem.dtype == "bfloat16" and _has_matrix_tiles(unit, target)
+    whole = problem.dtype == "bfloat16"
+    tiles = _has_matrix_tiles(unit, target) and (whole or splits(problem.dtype, problem.scale))
     if tiles:
-        config = replace(config, vectors=2, unroll=4)
-        config = replace(config, groups=_tile_groups(problem, config))
+        config = _tile_config(problem, config)
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name("speed_fusion_attention")
@@ -194,7 +203,7 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
             kind, sources = _products(problem, config, target, tiles)
             tile, row_tile = kind(*parts), RowTile(*parts)
             with T.attr(0, x86_bf16.IMPORT, "".join(sources)) if sources else nullcontext():
-                if kind is TileTask:
+                if issubclass(kind, TileTask):
                     _assert(
                         x86_amx.permitted(), f"{problem.label}: {x86_amx.REFUSED}", "RuntimeError"
                     )
@@ -219,11 +228,12 @@ def _products(
     sources = [bits.SOURCE] * problem.mask
     if min(_task_rows(problem, config)) <= config.few:
         sources.append(barrier.SOURCE)
-    if problem.dtype != "bfloat16" or max(_task_rows(problem, config)) <= config.few:
+    if max(_task_rows(problem, config)) <= config.few:
         return Tile, sources
     if tiles:
-        return TileTask, [x86_amx.SOURCE, *sources]
-    if x86_bf16.available(target):
+        kind = TileTask if problem.dtype == "bfloat16" else SplitTask
+        return kind, [x86_amx.SOURCE, *sources]
+    if problem.dtype == "bfloat16" and x86_bf16.available(target):
         return PairTile, [x86_bf16.SOURCE, *sources]
     return Tile, sources
 

@@ -38,9 +38,24 @@ _WORD, _HALF = 4, 2
 """Bytes."""
 LEFT, RIGHT = (4, 5), (6, 7)
 """Tiles of what is multiplied; tiles 0 to 3 hold the sums, row by row."""
+Products = tuple[tuple[int, int], ...]
+"""Terms of the left and the right that are multiplied; one side is new each time."""
+OUTPUT_PRODUCTS: dict[int, Products] = {
+    1: ((0, 0),),
+    2: ((1, 0), (0, 0), (0, 1)),
+    3: ((2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0)),
+}
+"""By number of terms, those that the results resolve."""
+SCORE_PRODUCTS: dict[int, Products] = OUTPUT_PRODUCTS | {2: ((1, 1), (1, 0), (0, 0), (0, 1))}
+"""Scores are as exact as float32 whatever the type is."""
 
 
 class TileTask(PairTile):
+    @property
+    def terms(self) -> int:
+        """Numbers of bfloat16 that an element is the sum of."""
+        return 1
+
     @property
     def depth(self) -> int:
         """E"""
@@ -72,12 +87,29 @@ class TileTask(PairTile):
         self.reference = T.alloc_buffer((self.config.rows,))
 
     def _allocate_operands(self) -> None:
-        c = self.config
-        self.queries = T.alloc_buffer((c.groups * self.query_rows, c.width), "uint32")
-        self.key_tile = T.alloc_buffer((c.keys, self.depth), "uint16")
+        c, terms = self.config, self.terms
+        query_rows, value_rows = c.groups * self.query_rows, c.keys // BLOCK * self.depth
+        self.queries = T.alloc_buffer((terms * query_rows, c.width), "uint32")
+        self.key_tile = T.alloc_buffer((terms * c.keys, self.depth), "uint16")
         if self.wants_output:
-            self.weights = T.alloc_buffer((c.keys // 2, c.width), "uint32")
-            self.value_tile = T.alloc_buffer((c.keys // BLOCK * self.depth, SIDE), "uint32")
+            self.weights = T.alloc_buffer((terms * c.keys // 2, c.width), "uint32")
+            self.value_tile = T.alloc_buffer((terms * value_rows, SIDE), "uint32")
+
+    def _query_row(self, term: int, group: Expr) -> Expr:
+        """First row of a group's queries."""
+        return (term * self.config.groups + group) * self.query_rows
+
+    def _key_tile_row(self, term: int, block: Expr) -> Expr:
+        """First row of a block's keys."""
+        return term * self.config.keys + block * BLOCK
+
+    def _value_row(self, term: int, block: Expr) -> Expr:
+        """First row of a block's values."""
+        return (term * (self.config.keys // BLOCK) + block) * self.depth
+
+    def _weight_row(self, term: int, block: Expr | int) -> Expr | int:
+        """First row of a block's weights."""
+        return term * self.config.keys // 2 + block * SIDE
 
     def _load_queries(self) -> None:
         super()._load_queries()
@@ -242,22 +274,27 @@ class TileTask(PairTile):
         for tile in range(4):
             T.evaluate(x86_amx.zero(tile))
 
-        def in_place(row: int, d: Expr) -> Expr:
+        def in_place(term: int, row: int, d: Expr) -> Expr:
             j = self.at.key_start + first + row
             index = attention.element(p.layout, p.D, self.at.b, self.g, j, d)
             return self.buffers["key"][tuple(index)]
 
-        def staged(row: int, d: Expr) -> Expr:
-            return self.key_tile[block * BLOCK + row, d]
+        def staged(term: int, row: int, d: Expr) -> Expr:
+            return self.key_tile[self._key_tile_row(term, block) + row, d]
 
-        def multiply(key: Callable[[int, Expr], Expr], stride: Expr | int) -> None:
+        def multiply(key: Callable[[int, int, Expr], Expr], stride: Expr | int) -> None:
             with T.serial(self.depth // BLOCK) as strip:
-                for i, tile in enumerate(LEFT):
-                    load_tile(tile, key(side * i, strip * BLOCK), stride)
-                for j, tile in enumerate(RIGHT):
-                    query = self.queries[group * self.query_rows + strip * side, side * j]
-                    load_tile(tile, query, c.width * _WORD)
-                multiply_tiles()
+
+                def load_keys(term: int) -> None:
+                    for i, tile in enumerate(LEFT):
+                        load_tile(tile, key(term, side * i, strip * BLOCK), stride)
+
+                def load_queries(term: int) -> None:
+                    row = self._query_row(term, group) + strip * side
+                    for j, tile in enumerate(RIGHT):
+                        load_tile(tile, self.queries[row, side * j], c.width * _WORD)
+
+                multiply_terms(SCORE_PRODUCTS[self.terms], load_keys, load_queries)
 
         if self.keys_in_place:
             with T.If(first + BLOCK <= self.at.S2):
@@ -382,12 +419,18 @@ class TileTask(PairTile):
             for tile in range(4):
                 load_tile(tile, sums(tile), stride)
             with T.serial(blocks) as block:
-                for i, tile in enumerate(LEFT):
-                    row = block * self.depth + strip * BLOCK + side * i
-                    load_tile(tile, self.value_tile[row, 0], x86_amx.ROW_BYTES)
-                for j, tile in enumerate(RIGHT):
-                    load_tile(tile, self.weights[block * side, side * j], stride)
-                multiply_tiles()
+
+                def load_values(term: int, strip: Expr = strip, block: Expr = block) -> None:
+                    row = self._value_row(term, block) + strip * BLOCK
+                    for i, tile in enumerate(LEFT):
+                        load_tile(tile, self.value_tile[row + side * i, 0], x86_amx.ROW_BYTES)
+
+                def load_weights(term: int, block: Expr = block) -> None:
+                    row = self._weight_row(term, block)
+                    for j, tile in enumerate(RIGHT):
+                        load_tile(tile, self.weights[row, side * j], stride)
+
+                multiply_terms(OUTPUT_PRODUCTS[self.terms], load_values, load_weights)
             for tile in range(4):
                 store_tile(tile, sums(tile), stride)
 
@@ -417,3 +460,17 @@ def multiply_tiles() -> None:
     """Tiles 0 to 3 += tiles of the left times tiles of the right."""
     for c, (left, right) in enumerate(product(LEFT, RIGHT)):
         T.evaluate(x86_amx.multiply_bf16(c, left, right))
+
+
+def multiply_terms(
+    products: Products, load_left: Callable[[int], None], load_right: Callable[[int], None]
+) -> None:
+    """Tiles 0 to 3 += these products of the terms of both sides."""
+    held: tuple[int | None, int | None] = (None, None)
+    for left, right in products:
+        if left != held[0]:
+            load_left(left)
+        if right != held[1]:
+            load_right(right)
+        multiply_tiles()
+        held = left, right
