@@ -6,7 +6,7 @@ its mask, their probabilities are added lane by lane, and the windows of selecti
 instead of G. Keys and values are packed once per call, 32 keys at a time.
 
         mask of the query rows copied       which groups of 32 keys does a row see?
-        Q copied                            [M][E], E = D rounded up to 32
+        Q copied, if not taken in place     [M][E], E = D rounded up to 32
         for key group that a row sees, 32 rows:  S = Q . K, minus infinity where masked
         for row:                            M, S = exp(S - M), L, weights as bfloat16
         for 32 rows, 32 channels:           O = S . V over all groups, / L, stored
@@ -47,6 +47,7 @@ from .attention_task import opaque
 from .nsa_lengths import slots
 from .nsa_records import record_writing
 from .nsa_select import FORCED, TAKEN, WIDTH, selection
+from .nsa_stream import OutputStream
 from .nsa_tile import FLT_MAX
 from .transpose import transpose_square
 from .vector import (
@@ -121,16 +122,18 @@ class TileTask:
         self.front = max(0, p.taps - 1 - p.newest_key(0))
         """Zeros before the first key in a row's sums over heads."""
         self.rounds = codegen.target_has_features("avx512bf16", target)
+        self.stream = OutputStream(p, target)
 
     @property
     def sources(self) -> list[str]:
-        return [x86_amx.SOURCE] + [x86_bf16.SOURCE] * self.rounds
+        return [x86_amx.SOURCE] + [x86_bf16.SOURCE] * self.rounds + self.stream.sources
 
     def begin(self) -> None:
         T.evaluate(x86_amx.configure(tir.const(x86_amx.ROWS, "int64")))
 
     def end(self) -> None:
         T.evaluate(x86_amx.release())
+        self.stream.end()
 
     def attend(self):
         return _attending(self)
@@ -224,6 +227,12 @@ class TileTask:
             count=T.alloc_buffer((2,), "int32", scope="local"),
         )
 
+    @property
+    def queries_in_place(self) -> bool:
+        """Tiles of queries are heads of a token, loaded where they lie."""
+        p = self.problem
+        return p.group % SIDE == 0 and p.head_size % BLOCK == 0 and p.scale > 0
+
     # -- statements of a task -----------------------------------------------------------------
 
     def stage_mask(self, w, Mask, t0, rows, keys) -> None:
@@ -293,6 +302,8 @@ class TileTask:
 
     def load_queries(self, w, X, token, rows, h2) -> None:
         """Q [m], negated where the scale is; rows beyond ``rows`` repeat the last one."""
+        if self.queries_in_place:
+            return
         G = self.problem.group
         with T.serial(self.height) as m:
             source = (token + tir.min((m // G).astype("int64"), rows - 1), h2 * G + m % G)
@@ -303,7 +314,17 @@ class TileTask:
                     index = [m, ramp(strip * BLOCK, BLOCK)]
                     T.buffer_store(w.Q, tir.BufferLoad(w.Q, index) ^ sign, index)
 
-    def score_groups(self, w, K, h2, slot, rows, keys, blocks) -> None:
+    def _load_query_tile(self, tile, w, X, token, rows, h2, m, strip) -> None:
+        """16 rows of the products from m on, 32 channels."""
+        G = self.problem.group
+        if self.queries_in_place:
+            source = token + tir.min((m // G).astype("int64"), rows - 1)
+            first = X[source, h2 * G + m % G, strip * BLOCK]
+            load_tile(tile, first, self.problem.head_size * _HALF)
+        else:
+            load_tile(tile, w.Q[m, strip * BLOCK], self.depth * _HALF)
+
+    def score_groups(self, w, X, K, token, h2, slot, rows, keys, blocks) -> None:
         """S = Q . K of the live groups."""
         with T.serial(w.count[0]) as i:
             (group,) = opaque("int64", [w.live[i]])
@@ -312,8 +333,8 @@ class TileTask:
                     T.evaluate(x86_amx.zero(tile))
                 with T.serial(self.depth // BLOCK) as strip:
                     for side, tile in enumerate(LEFT):
-                        row = block * BLOCK + side * SIDE
-                        load_tile(tile, w.Q[row, strip * BLOCK], self.depth * _HALF)
+                        m = block * BLOCK + side * SIDE
+                        self._load_query_tile(tile, w, X, token, rows, h2, m, strip)
                     for side, tile in enumerate(RIGHT):
                         key = K[h2, slot + group, side, strip * SIDE, 0]
                         load_tile(tile, key, x86_amx.ROW_BYTES)
@@ -403,7 +424,8 @@ class TileTask:
         with T.serial(blocks * BLOCK) as m:
             index = [token + m // G, h2 * G + m % G]
             if self.wants_out:
-                _prefetch(Out, index, self.problem.value_size, _FOR_WRITING)
+                with T.If(tir.Not(self.stream.wanted(Out))), T.Then():
+                    _prefetch(Out, index, self.problem.value_size, _FOR_WRITING)
             _prefetch(X, [index[0] + ahead, index[1]], self.problem.head_size, _FOR_READING)
             base = T.Bind(tir.Select(w.top[m] == low, zero, w.top[m]))
             for side in range(2):
@@ -462,7 +484,7 @@ class TileTask:
                 x = load_lanes(w.O, [r, side * SIDE], SIDE) * tir.Broadcast(inverse, SIDE)
                 whole = self._to_bfloat16(T.Bind(x))
                 if DV % BLOCK == 0:
-                    T.buffer_store(Out, whole, [*index, ramp(first, SIDE)])
+                    self._store_whole(Out, index, first, whole)
                     continue
                 with T.If(first + SIDE <= DV):
                     with T.Then():
@@ -472,6 +494,13 @@ class TileTask:
                         T.buffer_store(
                             Out, from_float32(x, p.dtype, self.unit), [*index, first + c]
                         )
+
+    def _store_whole(self, Out, index, first: Expr, x: Expr) -> None:
+        with T.If(self.stream.wanted(Out)):
+            with T.Then():
+                T.evaluate(self.stream.store(Out, [*index, first], x))
+            with T.Else():
+                T.buffer_store(Out, x, [*index, ramp(first, SIDE)])
 
     def _to_bfloat16(self, x: Expr) -> Expr:
         if self.rounds:
@@ -572,7 +601,7 @@ def _attending(task: TileTask):
             task.stage_mask(w, Mask, t0, rows, keys)
         task.find_live(w, rows, keys)
         task.load_queries(w, X, q0 + t0, rows, h2)
-        task.score_groups(w, K, h2, slot, rows, keys, blocks)
+        task.score_groups(w, X, K, q0 + t0, h2, slot, rows, keys, blocks)
         task.find_tops(w, blocks)
         if has_mask and not p.zero_masked_rows:
             task.uncover(w, blocks, keys)

@@ -22,6 +22,7 @@ from tvm.target import Target
 
 from ...relay_ops.attention import times
 from ..intrin import x86_bf16
+from .nsa_stream import OutputStream
 from .transpose import transpose_square
 from .vector import (
     LOG2E,
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 FLT_MAX = 3.4028234663852886e38
 _LINE_BYTES = 64
-_FOR_WRITING = (1, 3, 1)
-"""Operands of ``llvm.prefetch``: write, into all caches, data."""
+_FOR_READING, _FOR_WRITING = (0, 2, 1), (1, 3, 1)
+"""Operands of ``llvm.prefetch``: read, into the second-level cache; write, into all; data."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Tiles:
     chunk: int
     """Keys, or pairs of keys, of which V (one channel panel) stays in L1."""
 
+    repeats: int
+    """Steps of a product's reduction in the body of its loop, so that its exit is foretold."""
     ahead: int
     """How many register tiles of outputs ahead of its own the lines of one are asked for."""
 
@@ -96,6 +99,7 @@ def tiles(target: Target) -> Tiles:
         vectors=2,
         group=24,
         chunk=240,
+        repeats=4,
         ahead=2,
     )
 
@@ -118,6 +122,7 @@ class Task:
         self.chunk = self.tiles.chunk * self.step
         """Keys of a chunk."""
         self.query_rows = self.tiles.height // p.group
+        self.stream = OutputStream(p, target)
         self.wants_out = "attention_out" in p.outputs
         self.panels = math.ceil(p.value_size / self.tiles.panel) if self.wants_out else 0
 
@@ -147,6 +152,32 @@ class Task:
             return to_float32(vector, self.unit)
         words = T.reinterpret(vector, dtype=f"uint16x{2 * lanes}")
         return T.reinterpret(words, dtype=f"uint32x{lanes}")
+
+    @property
+    def line(self) -> int:
+        """Stored elements of a cache line."""
+        return _LINE_BYTES // (4 if self.problem.dtype == "float32" else 2)
+
+    def fetch_queries(self):
+        """``fetch(X, token, h2, block, panel)``: ask for the share of the queries from ``token`` on
+        that falls to this register tile of outputs.
+        """
+        t, G, line, D = self.tiles, self.problem.group, self.line, self.problem.head_size
+        SHARE = math.ceil(t.rows / max(self.panels, 1))
+
+        def ask(X, token, h, channel):
+            address = tir.address_of(X[token, h, channel])
+            return tir.call_intrin("void", "tirx.prefetch", address, *_FOR_READING)
+
+        @T.inline
+        def fetch(X, token, h2, block, panel):
+            if panel * SHARE < t.rows:
+                for r in T.unroll(SHARE):
+                    m: T.let[T.int64] = block * t.rows + panel * SHARE + r
+                    for part in T.unroll(math.ceil(D / line)):
+                        T.evaluate(ask(X, token + m // G, h2 * G + m % G, part * line))
+
+        return fetch
 
     def load_queries(self):
         """``load(Q, X, token, rows, h2)``: Q [channel][m] of ``rows`` query rows from ``token``;
@@ -193,7 +224,17 @@ class Task:
         t, L, channels = self.tiles, self.unit.lanes, self.channels
         KEYS, STRIP, FRONT = t.keys, t.strip, self.front
         scale = self.problem.scale * LOG2E
-        multiply_add = self.multiply_add
+        multiply_add, REPEATS = self.multiply_add, t.repeats
+
+        @T.inline
+        def step(acc, Q, K, h2, key, strip, channel):
+            for k in T.unroll(KEYS):
+                for u in T.unroll(STRIP):
+                    acc[k, u, T.ramp(0, 1, L)] = multiply_add(
+                        load_lanes(acc, [k, u, 0], L),
+                        K[h2, key + k, channel],
+                        load_lanes(Q, [channel, (strip * STRIP + u) * L], L),
+                    )
 
         @T.inline
         def tile(Q, K, S, top, caps, h2, slot, key, within, strip, masked):
@@ -202,14 +243,11 @@ class Task:
                 for u in T.unroll(STRIP):
                     for l in T.vectorized(L):
                         acc[k, u, l] = T.float32(0)
-            for c in range(channels):
-                for k in T.unroll(KEYS):
-                    for u in T.unroll(STRIP):
-                        acc[k, u, T.ramp(0, 1, L)] = multiply_add(
-                            load_lanes(acc, [k, u, 0], L),
-                            K[h2, slot + key + k, c],
-                            load_lanes(Q, [c, (strip * STRIP + u) * L], L),
-                        )
+            for body in range(channels // REPEATS):
+                for i in T.unroll(REPEATS):
+                    step(acc, Q, K, h2, slot + key, strip, body * REPEATS + i)
+            for rest in T.unroll(channels % REPEATS):
+                step(acc, Q, K, h2, slot + key, strip, channels // REPEATS * REPEATS + rest)
             for u in T.unroll(STRIP):
                 for k in T.unroll(KEYS):
                     for l in T.vectorized(L):
@@ -280,13 +318,23 @@ class Task:
         t, L, STEP, G = self.tiles, self.unit.lanes, self.step, self.problem.group
         MR, NV = t.rows, t.vectors
         FRONT, paired, store_lanes = self.front, self.paired, self.store_lanes
-        multiply_add, WIDTH = self.multiply_add, t.panel
-        line = _LINE_BYTES // (4 if self.problem.dtype == "float32" else 2)
-        LINES, AHEAD = math.ceil(WIDTH / line), t.ahead
+        multiply_add, WIDTH, REPEATS = self.multiply_add, t.panel, t.repeats
+        LINES, AHEAD, line = math.ceil(WIDTH / self.line), t.ahead, self.line
+        stream = self.stream
 
         def fetch(Out, token, h, channel, part):
             address = tir.address_of(Out[token, h, channel + part * line])
             return tir.call_intrin("void", "tirx.prefetch", address, *_FOR_WRITING)
+
+        @T.inline
+        def step(acc, P, V, h2, panel, u, lane, at, key):
+            for r in T.unroll(MR):
+                for v in T.unroll(NV):
+                    acc[r, v, T.ramp(0, 1, L)] = multiply_add(
+                        load_lanes(acc, [r, v, 0], L),
+                        P[u, at, lane + r],
+                        load_lanes(V, [h2, panel, key, v * L], L),
+                    )
 
         @T.inline
         def tile(
@@ -301,7 +349,7 @@ class Task:
                         acc[r, v, l] = T.if_then_else(
                             origin > 0, O[block, panel, r, v * L + l], T.float32(0)
                         )
-            if final:
+            if final and not stream.wanted(Out):
                 # A store that misses waits for its line, which is asked for some tiles ahead.
                 blocks: T.let[T.int64] = T.ceildiv(rows * G, MR)
                 ahead: T.let[T.int64] = panel * blocks + block + AHEAD
@@ -320,14 +368,14 @@ class Task:
             for run in range(count):
                 first: T.let[T.int64] = runs[run, 0] // STEP
                 at: T.let[T.int64] = first - origin // STEP if paired else FRONT + first
-                for i in range(T.ceildiv(runs[run, 1], STEP) - first):
-                    for r in T.unroll(MR):
-                        for v in T.unroll(NV):
-                            acc[r, v, T.ramp(0, 1, L)] = multiply_add(
-                                load_lanes(acc, [r, v, 0], L),
-                                P[u, at + i, lane + r],
-                                load_lanes(V, [h2, panel, slot + first + i, v * L], L),
-                            )
+                steps: T.let[T.int64] = T.ceildiv(runs[run, 1], STEP) - first
+                for body in range(steps // REPEATS):
+                    for i in T.unroll(REPEATS):
+                        done: T.let[T.int64] = body * REPEATS + i
+                        step(acc, P, V, h2, panel, u, lane, at + done, slot + first + done)
+                for rest in range(steps % REPEATS):
+                    done: T.let[T.int64] = steps // REPEATS * REPEATS + rest
+                    step(acc, P, V, h2, panel, u, lane, at + done, slot + first + done)
             if final:
                 for r in T.unroll(MR):
                     m: T.let[T.int64] = block * MR + r
@@ -356,12 +404,16 @@ class Task:
         type, those from DV on left out.
         """
         L, DV, rounded = self.unit.lanes, self.problem.value_size, self.rounded
+        stream = self.stream
 
         @T.inline
         def store(Out, token, h, channel, vector):
             if DV % L == 0:
                 if channel < DV:
-                    Out[token, h, T.ramp(channel, 1, L)] = rounded(vector)
+                    if stream.wanted(Out):
+                        T.evaluate(stream.store(Out, [token, h, channel], rounded(vector)))
+                    else:
+                        Out[token, h, T.ramp(channel, 1, L)] = rounded(vector)
             else:
                 kept = T.alloc_buffer((L,), "float32", scope="local")
                 kept[T.ramp(0, 1, L)] = vector

@@ -38,7 +38,7 @@ class VectorTask(Task):
     @property
     def sources(self) -> list[str]:
         """LLVM text that the kernel needs."""
-        return [x86_bf16.SOURCE] if self.paired else []
+        return [x86_bf16.SOURCE] * self.paired + self.stream.sources
 
     @property
     def key_slot(self) -> int:
@@ -50,6 +50,7 @@ class VectorTask(Task):
 
     def end(self) -> None:
         """After them."""
+        self.stream.end()
 
     def allocate_packed(self, key_tokens: Expr, sequences: Expr) -> tuple[Buffer, Buffer]:
         """K and V of ``pack``."""
@@ -119,7 +120,7 @@ def _attending(task: Task):
     wants_out, wants_blocks = "attention_out" in p.outputs, "topk_indices_out" in p.outputs
     wants_weights = wants_sum or wants_out or wants_blocks
     load_queries, score_tile = task.load_queries(), task.scores()
-    weigh, value_tile = task.weights(), task.outputs()
+    weigh, value_tile, fetch_queries = task.weights(), task.outputs(), task.fetch_queries()
     block_scores, select_blocks = scoring(p, L, M, FRONT), selection(p, L)
     write_softmax = record_writing(p)
     low, zero, one = T.float32(-FLT_MAX), T.float32(0), T.float32(1)
@@ -314,6 +315,8 @@ def _attending(task: Task):
                 if wants_out:
                     for panel in range(PANELS):
                         for block in range(T.ceildiv(rows * G, t.rows)):
+                            if chunk == 0:
+                                fetch_queries(X, q0 + t0 + ahead, h2, block, panel)
                             value_tile(
                                 w.E, V, w.O, Out, w.inverse, w.runs, w.count[0], h2,
                                 slot * (L // STEP), panel, block, first * GROUP,
