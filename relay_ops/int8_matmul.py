@@ -19,7 +19,7 @@ plain kernel without packing. M and the batch may be symbolic in both.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tvm import relax, te, tirx
@@ -405,6 +405,8 @@ def int8_matmul(
         func = schedules.tir_builder("int8_matmul", target)(problem, target)
         return tir_kernel(bb, kernel, func, [left.data, weight.data, *operands], y)
 
+    left, given = _with_rows_of_its_own(bb, left), left.m
+
     def definition(a: te.Tensor, b: te.Tensor, *rest: te.Tensor) -> te.Tensor:
         """Blocks ``pack_a`` (packed only), ``dot``, ``epilogue``, ``store``."""
         surplus, rest = (None, rest) if weight.excess is None else (rest[0], rest[1:])
@@ -437,8 +439,29 @@ def int8_matmul(
     tensors = [left.data, weight.data]
     tensors += [] if weight.excess is None else [weight.excess]
     if tile is None:
-        return te_kernel(bb, f"{kernel}_plain", definition, *tensors, *operands)
-    return te_kernel(bb, kernel, definition, *tensors, *operands, **{ROWS: tile.rows})
+        y = te_kernel(bb, f"{kernel}_plain", definition, *tensors, *operands)
+    else:
+        y = te_kernel(bb, kernel, definition, *tensors, *operands, **{ROWS: tile.rows})
+    if left.m is given:
+        return y
+    shape = [given if dim is left.m or dim.same_as(left.m) else dim for dim in y.ty.shape]
+    return bb.match_cast(y, relax.TensorType(shape, str(y.ty.dtype)))
+
+
+def _with_rows_of_its_own(bb: relax.BlockBuilder, left: Left) -> Left:
+    """``left`` with a symbol for a number of rows like 8 * B, about whose multiples schedules would
+    have to prove something.
+    """
+    product = isinstance(left.m, tirx.Mul)
+    if not product or not any(isinstance(x, tirx.IntImm) for x in (left.m.a, left.m.b)):
+        return left
+    m = tirx.Var("rows", "int64")
+    bb.match_cast(bb.emit(relax.ShapeExpr([left.m])), relax.ShapeType([m]))
+    data = left.data
+    if left.entry is row_major:
+        *lead, _, k = data.ty.shape
+        data = bb.match_cast(data, relax.TensorType([*lead, m, k], "int8"))
+    return replace(left, data=data, m=m)
 
 
 def _last_operand(place: int) -> Callable[..., Expr]:

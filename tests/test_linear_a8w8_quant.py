@@ -232,6 +232,15 @@ def test_sizes(n, k, target):
         assert verdict.ok, (m, verdict)
 
 
+@pytest.mark.parametrize("target", ["x86-avx512vnni", "x86-avx2", "x86-64"])
+@pytest.mark.parametrize("names", [{0: "B"}, {1: "M"}], ids=["batch", "rows"])
+def test_multiples_of_a_symbol(names, target):
+    """Batch and rows are one run of 8 * B or 2 * M rows."""
+    feeds, attrs = problem(np.random.default_rng(0), 8, 36, 79, INT8)
+    feeds["x1"] = int8(np.random.default_rng(1), 2, 8, 36)
+    check(feeds, attrs, ["x2", "scale"], {"x1": names}, on(target))
+
+
 @pytest.mark.parametrize("m", [1, 7, 13, 24])
 def test_fixed_rows(m):
     feeds, attrs = problem(np.random.default_rng(m), m, 50, 70, FLOAT16, bias="int32")

@@ -284,8 +284,9 @@ def test_keys_hidden_from_all_rows(dtype):
     [("cooperlake", BF16), ("skylake-avx512", F32), ("haswell", BF16), ("haswell", F16)]
     + [("x86-64", dtype) for dtype in (F16, BF16, F32)],
 )
-def test_instruction_sets(mcpu, dtype):
-    feeds, attrs = make((21, 2), (75, 19), 8, 2, 19, 17, dtype, atten="bool", topk="bool", k=6)
+@pytest.mark.parametrize(("D", "Dv"), [(19, 17), (64, 64)])
+def test_instruction_sets(mcpu, dtype, D, Dv):
+    feeds, attrs = make((21, 2), (75, 19), 8, 2, D, Dv, dtype, atten="bool", topk="bool", k=6)
     assert_matches(feeds, attrs, run(feeds, attrs, {"kind": "llvm", "mcpu": on(mcpu)}))
 
 

@@ -309,6 +309,25 @@ def test_products_keep_their_sums_in_registers(dtype, product):
             assert not re.search(r"%rsp.*mm|mm.*%rsp", loop[: jump.start()])
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_large_scores(dtype):
+    """Scores of 2e10, where half a unit in the last place is a thousand."""
+    feeds = qkv(S1=40, S2=70, D=33, dtype=F32)
+    for name in ("query", "key"):
+        feeds[name] = np.clip(feeds[name] * F32.type(3e4), -65504, 65504)
+    feeds = {name: value.astype(dtype) for name, value in feeds.items()}
+    check(feeds, head_num=2, input_layout="BNSD", scale=1.0)
+
+
+def test_large_values():
+    """Weights above 1 would make the sum of a later tile of keys infinite."""
+    feeds = qkv(N1=1, N2=1, S1=40, S2=97, D=33)
+    feeds["query"][:] = 1
+    feeds["key"][:], feeds["key"][:, :, 96] = 0, 0.16
+    feeds["value"][:], feeds["value"][:, :, 96] = 0, 2e36
+    check(feeds, head_num=1, input_layout="BNSD", scale=1.0)
+
+
 def test_bfloat16_multiplies_matrix_tiles():
     """Four sums, two tiles from either side: each is loaded once for two products."""
     feeds = qkv(S1=128, S2=256, D=64, dtype=BF16)

@@ -10,7 +10,7 @@ Buffers, with D rounded up to E, a multiple of 32: queries uint32 [groups * E/2]
 uint16 [C][E]. Blocks of 32 keys beyond the last repeat it, with weight 0.
 
 The weights of a row are powers of two of its scores above a reference. It follows the maximum only
-when that is `SLACK` above it, since everything so far must then be multiplied.
+when that is `slack` above it, since everything so far must then be multiplied.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIDE = x86_amx.ROWS
 BLOCK = 2 * SIDE
 """Keys, query rows, elements of D of a product: two tiles each way."""
 SLACK = 8.0
-"""What a score may exceed the reference by, in units of ln 2."""
+"""In units of ln 2: where weights of 2**8 do not matter."""
 _WORD, _HALF = 4, 2
 """Bytes."""
 LEFT, RIGHT = (4, 5), (6, 7)
@@ -57,6 +57,11 @@ class TileTask(PairTile):
         return 1
 
     @property
+    def slack(self) -> float:
+        """What a score may exceed the reference by, in units of ln 2."""
+        return SLACK
+
+    @property
     def depth(self) -> int:
         """E"""
         return -(-self.problem.D // BLOCK) * BLOCK
@@ -70,6 +75,13 @@ class TileTask(PairTile):
         """Scores stay the bare products: their order is that of x, which is a multiple of them."""
         p = self.problem
         return p.pse is None and p.scale > 0 and attention.fits_float32(p.scale * LOG2E)
+
+    def _in_ln2(self, x: Expr) -> Expr:
+        """Scores, or their differences, in units of ln 2. The difference is taken first: a product
+        that the reference and the score round each for itself, or not at all in a multiply-add,
+        would be hundreds off where scores are large.
+        """
+        return x * float32(self.problem.scale * LOG2E, x) if self.unscaled else x
 
     @property
     def keys_in_place(self) -> bool:
@@ -134,10 +146,10 @@ class TileTask(PairTile):
             total, reference, top = (
                 tir.BufferLoad(buffer, index) for buffer in (self.sum, self.reference, self.top)
             )
-            step = T.Bind(reference - top)
+            step = T.Bind(self._in_ln2(reference - top))
             T.buffer_store(self.sum, total * exp2_weight(step, self.unit, self.degree), index)
         with T.serial(self.rows) as r:
-            self.store_records(r, self.top[r], self.sum[r])
+            self.store_records(r, self._in_ln2(self.top[r]), self.sum[r])
 
     # -- one tile of keys ---------------------------------------------------------------------
 
@@ -349,22 +361,20 @@ class TileTask(PairTile):
             top = load_lanes(tops, [0, u * L], L)
             for k in range(1, c.unroll):
                 top = tir.max(top, load_lanes(tops, [k, u * L], L))
-            if self.unscaled:
-                top = top * float32(self.problem.scale * LOG2E, top)
             top = T.Bind(top)
             T.buffer_store(self.top, tir.max(tir.BufferLoad(self.top, index), top), index)
             highest.append(top)
-            above.append(T.Bind(top - tir.BufferLoad(self.reference, index)))
+            above.append(T.Bind(self._in_ln2(top - tir.BufferLoad(self.reference, index))))
         # Lane by lane: a maximum over NaN may be NaN, and then no row would follow.
         one, none = (tir.Broadcast(tir.const(x, "uint32"), L) for x in (1, 0))
-        exceeds = [tir.Select(x > float32(SLACK, x), one, none) for x in above]
+        exceeds = [tir.Select(x > float32(self.slack, x), one, none) for x in above]
         exceeds_any = max_lanes(T.Bind(tir.max(*exceeds)))
         with T.If(exceeds_any != tir.const(0, "uint32")), T.Then():
             for u, top in enumerate(highest):
                 index = [ramp(r0 + u * L, L)]
                 before = T.Bind(tir.BufferLoad(self.reference, index))
                 after = T.Bind(tir.max(before, top))
-                step = T.Bind(before - after)
+                step = T.Bind(self._in_ln2(before - after))
                 correction = T.Bind(exp2_weight(step, self.unit, self.degree))
                 T.buffer_store(self.reference, after, index)
                 total = tir.BufferLoad(self.sum, index) * correction
@@ -390,9 +400,7 @@ class TileTask(PairTile):
 
         def weight(j: Expr, u: int) -> Expr:
             x = load_lanes(self.scores, [j, u * L], L)
-            if self.unscaled:
-                x = x * float32(self.problem.scale * LOG2E, x)
-            x = T.Bind(x - references[u])
+            x = T.Bind(self._in_ln2(x - references[u]))
             w = T.Bind(exp2_weight(x, self.unit, self.degree))
             T.buffer_store(total, load_lanes(total, [u, 0], L) + w, [u, ramp(0, L)])
             return w if draws is None else T.Bind(w * load_lanes(self.kept, [j, u * L], L))

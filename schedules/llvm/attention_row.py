@@ -34,7 +34,7 @@ from .vector import (
 
 _LINE_BITS = 512
 _FOR_READING = (0, 2, 1)
-"""Operands of ``llvm.prefetch``: read, into all caches, data."""
+"""Operands of ``llvm.prefetch``: read, into the second-level cache, data."""
 
 
 class RowTile(Task):

@@ -1,9 +1,10 @@
-"""Division of a vector by what is the same in all its lanes, without the divider.
+"""Division of a row by one number, as quantisation does it, without the divider.
 
 A division of 16 floats occupies the divider of an x86 core for 16 cycles, a multiply-add one of its
 two units for one. With the reciprocal y of b, rounded to nearest, Markstein's correction makes of
-q = x * y the quotient itself: q + (x - q * b) * y, the residual being exact in a fused
-multiply-add. Of x below 2**-100 it is not, and the quotient may be off in its last bit.
+q = x * y the quotient itself: q - (q * b - x) * y, the residual being exact in a fused
+multiply-add. Of x below 2**-100 it is not, and the quotient may be off in its last bit; one within
+an ulp of the largest float may be infinite.
 
 P. Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from tvm import tirx
 from tvm.ir import Expr
+from tvm.ir.expr import TensorLoad
 from tvm.s_tir import SBlockRealize
 from tvm.target import Target
 from tvm.target.codegen import target_has_features
@@ -27,7 +29,9 @@ quantisation rounds to 0.
 
 
 def by_reciprocals(func: PrimFunc, target: Target) -> PrimFunc:
-    """``func`` with multiplications for such divisions of float32, where the target fuses them."""
+    """``func`` with multiply-adds for such divisions of float32, where the target fuses them; the
+    operands are elements of buffers, so that they can be repeated.
+    """
     if not target_has_features(["fma"], target):
         return func
 
@@ -39,7 +43,8 @@ def by_reciprocals(func: PrimFunc, target: Target) -> PrimFunc:
         varying = [axis.var for axis, value in axes if _uses(value, [loop.loop_var])]
 
         def divide(division: tirx.Div) -> Expr:
-            uniform = str(division.ty) == "float32" and not _uses(division.b, varying)
+            loads = isinstance(division.a, TensorLoad) and isinstance(division.b, TensorLoad)
+            uniform = loads and str(division.ty) == "float32" and not _uses(division.b, varying)
             return _quotient(division.a, division.b) if uniform else division
 
         return structural_map(loop, (tirx.Div, divide))
@@ -48,21 +53,15 @@ def by_reciprocals(func: PrimFunc, target: Target) -> PrimFunc:
 
 
 def _quotient(x: Expr, b: Expr) -> Expr:
-    """x / b. Infinities, and what overflows, have no residual: there x * y is the answer. Divisors
-    that are extreme divide.
+    """x / b. Infinities have no residual: there x * y is the answer. Divisors that are extreme, or
+    negative, divide.
     """
-    q, corrected = tirx.Var("q", "float32"), tirx.Var("corrected", "float32")
     y = float32(1) / b
-    nearest = tirx.Let(
-        q,
-        x * y,
-        tirx.Let(corrected, q + (x - q * b) * y, tirx.Select(is_nan(corrected), q, corrected)),
-    )
-    if isinstance(b, tirx.FloatImm):
-        return nearest if _SMALLEST <= abs(b.value) <= _LARGEST else x / b
-    size = tirx.max(b, float32(0) - b)
-    usual = tirx.all(size >= float32(_SMALLEST), size <= float32(_LARGEST))
-    return tirx.if_then_else(usual, nearest, x / b)
+    q = x * y
+    corrected = q - (q * b - x) * y  # in this order -0 stays -0
+    quotient = tirx.Select(is_nan(corrected), q, corrected)
+    usual = tirx.all(b >= float32(_SMALLEST), b <= float32(_LARGEST))
+    return tirx.if_then_else(usual, quotient, x / b)
 
 
 def _uses(expr: Expr, variables: list[Var]) -> bool:

@@ -130,8 +130,10 @@ def schedule(func: PrimFunc, target: Target) -> PrimFunc:
     streamed = asks and few and panels * panel_bytes >= config.streamed_bytes
     group_bytes = panel_bytes // groups
     unrolled = config.streams * _LINE_BYTES // group_bytes if streamed else config.unrolled
+    if streamed and groups % unrolled:
+        unrolled, streamed = config.unrolled, False
     if groups % unrolled:
-        unrolled, streamed = 1, False
+        unrolled = 1
     if unrolled > 1:
         ko, part = sch.split(ko, [None, unrolled])
         sch.unroll(part)

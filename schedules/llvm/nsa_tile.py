@@ -407,20 +407,25 @@ class Task:
         stream = self.stream
 
         @T.inline
+        def streamed(Out, token, h, channel, vector):
+            if channel < DV:
+                if stream.wanted(Out):
+                    T.evaluate(stream.store(Out, [token, h, channel], rounded(vector)))
+                else:
+                    Out[token, h, T.ramp(channel, 1, L)] = rounded(vector)
+
+        @T.inline
         def store(Out, token, h, channel, vector):
             if DV % L == 0:
                 if channel < DV:
-                    if stream.wanted(Out):
-                        T.evaluate(stream.store(Out, [token, h, channel], rounded(vector)))
-                    else:
-                        Out[token, h, T.ramp(channel, 1, L)] = rounded(vector)
+                    Out[token, h, T.ramp(channel, 1, L)] = rounded(vector)
             else:
                 kept = T.alloc_buffer((L,), "float32", scope="local")
                 kept[T.ramp(0, 1, L)] = vector
                 for l in range(T.min(L, DV - channel)):
                     Out[token, h, channel + l] = rounded(kept[l])
 
-        return store
+        return streamed if stream.available else store
 
     def rounded(self, x):
         """float32 to the storage type of the output."""

@@ -92,21 +92,6 @@ def float32(value: float, like: Expr | None = None) -> Expr:
     return _const(value, "float32", like)
 
 
-def int32(value: int, like: Expr | None = None) -> Expr:
-    """An int32 constant, with as many lanes as ``like``."""
-    return _const(value, "int32", like)
-
-
-def as_int32(x: Expr) -> Expr:
-    """The bits of float32 ``x``."""
-    return _reinterpret("int32", x)
-
-
-def as_float32(bits: Expr) -> Expr:
-    """The float32 of int32 ``bits``."""
-    return _reinterpret("float32", bits)
-
-
 def exp(x: Expr) -> Expr:
     """exp of float32: relative error below 3e-7, 0 below -86.6, infinity above 88.7. NaN is not
     kept.
