@@ -4,7 +4,8 @@ An element is a sum of bfloat16 terms, each what the ones before leave: three te
 float32 exactly, two every float16. A product of two elements is the sum of the products of their
 terms, of which those are left out that are below what the result resolves: of three terms six
 products are taken, of two all four for the scores and three for the output. Products of bfloat16
-are exact and are summed in float32, so the result is as good as that of float32 multiply-adds.
+are exact and are summed in float32, so the result is as good as that of float32 multiply-adds,
+except that a product below 2**-126 counts as zero.
 
 Buffers as in ``attention_amx``, once for each term, one term behind the other: queries uint32
 [terms * groups * E/2][W]; weights uint32 [terms * C/2][W]; values uint32 [terms * C/32 * E][16];
@@ -31,7 +32,9 @@ LARGEST_SCALE = 2.0**64
 
 
 def splits(dtype: str, scale: float) -> bool:
-    """Whether scores and outputs of ``dtype`` are as exact by terms as by multiply-adds."""
+    """Whether scores and outputs of ``dtype`` go by terms: not where a scale makes products matter
+    that count as zero.
+    """
     return dtype in TERMS and abs(scale) <= LARGEST_SCALE
 
 
