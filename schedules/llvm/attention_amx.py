@@ -76,12 +76,9 @@ class TileTask(PairTile):
         p = self.problem
         return p.pse is None and p.scale > 0 and attention.fits_float32(p.scale * LOG2E)
 
-    def _in_ln2(self, x: Expr) -> Expr:
-        """Scores, or their differences, in units of ln 2. The difference is taken first: a product
-        that the reference and the score round each for itself, or not at all in a multiply-add,
-        would be hundreds off where scores are large.
-        """
-        return x * float32(self.problem.scale * LOG2E, x) if self.unscaled else x
+    @property
+    def score_unit(self) -> float:
+        return self.problem.scale * LOG2E if self.unscaled else super().score_unit
 
     @property
     def keys_in_place(self) -> bool:
@@ -146,10 +143,10 @@ class TileTask(PairTile):
             total, reference, top = (
                 tir.BufferLoad(buffer, index) for buffer in (self.sum, self.reference, self.top)
             )
-            step = T.Bind(self._in_ln2(reference - top))
+            step = T.Bind(self.in_ln2(reference - top))
             T.buffer_store(self.sum, total * exp2_weight(step, self.unit, self.degree), index)
         with T.serial(self.rows) as r:
-            self.store_records(r, self._in_ln2(self.top[r]), self.sum[r])
+            self.store_records(r, self.top[r], self.sum[r])
 
     # -- one tile of keys ---------------------------------------------------------------------
 
@@ -364,7 +361,7 @@ class TileTask(PairTile):
             top = T.Bind(top)
             T.buffer_store(self.top, tir.max(tir.BufferLoad(self.top, index), top), index)
             highest.append(top)
-            above.append(T.Bind(self._in_ln2(top - tir.BufferLoad(self.reference, index))))
+            above.append(T.Bind(self.in_ln2(top - tir.BufferLoad(self.reference, index))))
         # Lane by lane: a maximum over NaN may be NaN, and then no row would follow.
         one, none = (tir.Broadcast(tir.const(x, "uint32"), L) for x in (1, 0))
         exceeds = [tir.Select(x > float32(self.slack, x), one, none) for x in above]
@@ -374,7 +371,7 @@ class TileTask(PairTile):
                 index = [ramp(r0 + u * L, L)]
                 before = T.Bind(tir.BufferLoad(self.reference, index))
                 after = T.Bind(tir.max(before, top))
-                step = T.Bind(self._in_ln2(before - after))
+                step = T.Bind(self.in_ln2(before - after))
                 correction = T.Bind(exp2_weight(step, self.unit, self.degree))
                 T.buffer_store(self.reference, after, index)
                 total = tir.BufferLoad(self.sum, index) * correction
@@ -400,7 +397,7 @@ class TileTask(PairTile):
 
         def weight(j: Expr, u: int) -> Expr:
             x = load_lanes(self.scores, [j, u * L], L)
-            x = T.Bind(self._in_ln2(x - references[u]))
+            x = T.Bind(self.in_ln2(x - references[u]))
             w = T.Bind(exp2_weight(x, self.unit, self.degree))
             T.buffer_store(total, load_lanes(total, [u, 0], L) + w, [u, ramp(0, L)])
             return w if draws is None else T.Bind(w * load_lanes(self.kept, [j, u * L], L))

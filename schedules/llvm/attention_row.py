@@ -189,7 +189,7 @@ class RowTile(Task):
             T.buffer_store(self.scores, x, [h, key])
             T.buffer_store(lanes, tir.max(lanes[v], x), [v])
         top = T.Bind(tir.max(self.state[h, 0], max_lanes(load_lanes(lanes, [0], L))))
-        step = T.Bind(self.state[h, 0] - top)
+        step = T.Bind(self.in_ln2(self.state[h, 0] - top))
         T.buffer_store(self.state, exp2_nonpositive(step), [h, 2])
         T.buffer_store(self.state, top, [h, 0])
         with T.vectorized(L) as v:
@@ -197,7 +197,7 @@ class RowTile(Task):
         draws = self.draws()
         with T.serial(strips) as strip, T.vectorized(L) as v:
             key = strip * L + v
-            x = T.Bind(self.scores[h, key] - self.state[h, 0])
+            x = T.Bind(self.in_ln2(self.scores[h, key] - self.state[h, 0]))
             w = T.Bind(exp2_nonpositive(x))
             T.buffer_store(lanes, lanes[v] + w, [v])
             if draws is not None:
@@ -301,7 +301,9 @@ class RowTile(Task):
             tops = [self.part_state[slot, 0] for slot in slots]
             top = T.Bind(functools.reduce(tir.max, tops))
             for part in range(P):
-                T.buffer_store(weights, exp2_nonpositive(T.Bind(tops[part] - top)), [part])
+                T.buffer_store(
+                    weights, exp2_nonpositive(T.Bind(self.in_ln2(tops[part] - top))), [part]
+                )
 
             def joined(element: Callable[[Expr], Expr]) -> Expr:
                 terms = [weights[part] * element(slot) for part, slot in enumerate(slots)]

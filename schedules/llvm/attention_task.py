@@ -129,12 +129,24 @@ class Task:
         """Of the polynomial behind the weights: four is enough for results of half width."""
         return 5 if self.problem.dtype == "float32" else 4
 
+    @property
+    def score_unit(self) -> float:
+        """The 1 of the kernel's scores, in units of ln 2: that is 1, so that a weight is a power of
+        two, but with a bias scores are x of the softmax, which the largest float32 may be.
+        """
+        return 1.0 if self.problem.pse is None else LOG2E
+
     def score(self, qk: Expr, bias: Expr | None) -> Expr:
-        """x of the softmax in units of ln 2, so that the weight is a power of two."""
         p = self.problem
-        if bias is not None and p.pse_type != 1:
-            bias = bias * float32(LOG2E)
-        return attention.score(p.pse_type, qk, bias, p.scale * LOG2E)
+        return attention.score(p.pse_type, qk, bias, p.scale * (LOG2E / self.score_unit))
+
+    def in_ln2(self, difference: Expr) -> Expr:
+        """The difference of two scores in units of ln 2. It is taken first: a product that both
+        round each for itself, or not at all in a multiply-add, would be hundreds off where scores
+        are large.
+        """
+        unit = self.score_unit
+        return difference if unit == 1 else difference * float32(unit, difference)
 
     def draws(self) -> tir.Buffer | None:
         """Room for the products of the generator's rounds, where dropout matters."""
@@ -179,11 +191,13 @@ class Task:
         return tir.Select(total > float32(0), inverse, float32(0))
 
     def store_records(self, r: Expr, top: Expr, total: Expr) -> None:
-        """softmax_max and softmax_sum of row i0 + r from its maximum in units of ln 2 and its sum;
-        a row without keys has a sum of 0 so far.
+        """softmax_max and softmax_sum of row i0 + r from the maximum of its scores and its sum; a
+        row without keys has a sum of 0 so far.
         """
+        if self.score_unit != LOG2E:
+            top = top * float32(self.score_unit * LN2)
         values = {
-            "softmax_max": (top * float32(LN2), attention.EMPTY_ROW_MAX),
+            "softmax_max": (top, attention.EMPTY_ROW_MAX),
             "softmax_sum": (total, attention.EMPTY_ROW_SUM),
         }
         for name, (value, empty) in values.items():

@@ -219,7 +219,7 @@ class Tile(CellTask):
                 T.buffer_store(tile, self.kv(name, j0 + j, d), [j, d])
 
     def _scores(self, group: Expr, r0: Expr, j0: Expr, count: Expr, masked: bool) -> None:
-        """scores[j][r] in units of ln 2 and the tile's row maxima, ``unroll`` keys at a time in a
+        """scores[j][r] and the tile's row maxima, ``unroll`` keys at a time in a
         register tile.
 
         With ``masked`` the pairs that are not allowed, and what lies beyond ``count``, become minus
@@ -315,7 +315,7 @@ class Tile(CellTask):
             strip = ramp(r0 + u * L, L)
             before = T.Bind(tir.BufferLoad(self.top, [strip]))
             top = T.Bind(tir.max(before, load_lanes(self.tile_top, [u * L], L)))
-            step = T.Bind(before - top)
+            step = T.Bind(self.in_ln2(before - top))
             T.buffer_store(self.top, top, [strip])
             correction = exp2_weight(step, self.unit, self.degree)
             T.buffer_store(self.correction, correction, [ramp(u * L, L)])
@@ -326,7 +326,7 @@ class Tile(CellTask):
             self._stage_draws(draws, r0, j0, count)
 
         def weight(j: Expr, u: int) -> Expr:
-            x = T.Bind(load_lanes(self.scores, [j, u * L], L) - tops[u])
+            x = T.Bind(self.in_ln2(load_lanes(self.scores, [j, u * L], L) - tops[u]))
             w = T.Bind(exp2_weight(x, self.unit, self.degree))
             sum_ = load_lanes(total, [u, 0], L) + w
             T.buffer_store(total, sum_, [u, ramp(0, L)])
