@@ -144,16 +144,18 @@ SPLIT_TASKS = 24
 
 
 def _tile_config(problem: AttentionProblem, config: AttentionConfig) -> AttentionConfig:
-    """More groups where matrix tiles multiply: what stages the values is then a larger part. Terms
-    fill the first-level cache with the keys of half a tile.
+    """More groups where matrix tiles multiply: what stages keys and values is then a larger part.
+    Terms fill the first-level cache with the keys of half a tile.
     """
     split = problem.dtype != "bfloat16"
     config = replace(config, vectors=2, unroll=4, keys=min(config.keys, 64 if split else 128))
     groups = (16 if split else 8) // (1 if problem.D <= 256 else 2)
     tasks = SPLIT_TASKS if split else WIDE_TASKS
-    sizes = (problem.B, problem.S1)
-    if all(isinstance(size, int) for size in sizes):
-        rows = problem.B * problem.N1 * problem.S1
+    sequences = 1 if problem.layout == "TND" else problem.B
+    if isinstance(sequences, int) and isinstance(problem.S1, int):
+        if not split and problem.D <= 128:
+            groups = 32
+        rows = sequences * problem.N1 * problem.S1
         while groups > 2 and rows < tasks * groups * config.width:
             groups //= 2
     return replace(config, groups=groups)
