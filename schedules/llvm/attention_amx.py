@@ -84,6 +84,10 @@ class TileTask(PairTile):
     def keys_in_place(self) -> bool:
         return self.problem.D % BLOCK == 0
 
+    @property
+    def bias_keys(self) -> int:
+        return BLOCK
+
     def emit(self) -> None:
         T.evaluate(x86_amx.configure(tir.const(x86_amx.ROWS, "int64")))
         super().emit()
@@ -177,8 +181,6 @@ class TileTask(PairTile):
         none_dropped: Expr | None,
     ) -> None:
         """The first ``reach`` keys of a tile for one group of rows, all of which see ``all_``."""
-        if self.problem.pse in ("rows", "packed"):
-            self._stage_bias(r0, j0, reach)
         blocks = T.Bind((reach + (BLOCK - 1)) // BLOCK)
         tops = T.alloc_buffer((self.config.unroll, self.config.width), scope="local")
         for k in range(self.config.unroll):
@@ -186,6 +188,8 @@ class TileTask(PairTile):
         with T.serial(blocks) as block:
             first = T.Bind(j0 + block * BLOCK)
             self._multiply_block(group, block, first)
+            if self.problem.pse in ("rows", "packed"):
+                self._stage_bias(r0, first, tir.min(reach - block * BLOCK, BLOCK))
             plain = tir.all(all_.first <= first, all_.last >= first + (BLOCK - 1))
             if none_dropped is not None:
                 plain = tir.all(plain, none_dropped)

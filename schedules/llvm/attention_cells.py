@@ -24,12 +24,19 @@ _FOR_READING = (0, 3, 1)
 
 
 class CellTask(Task):
-    """Buffers: bias float32 [C][W]; dropped uint32 [C / 32][W]; kept float32 [C + 6][W]."""
+    """Buffers: bias float32 [`bias_keys`][W]; dropped uint32 [C / 32][W]; kept float32
+    [C + 6][W].
+    """
+
+    @property
+    def bias_keys(self) -> int:
+        """Keys whose bias is staged at a time, C or a divisor of it."""
+        return self.config.keys
 
     def _allocate_cells(self) -> None:
         p, c = self.problem, self.config
         if p.pse in ("rows", "packed"):
-            self.bias_tile = T.alloc_buffer((c.keys, c.width))
+            self.bias_tile = T.alloc_buffer((self.bias_keys, c.width))
         if p.mask:
             self.dropped_bits = T.alloc_buffer((-(-c.keys // bits.WIDTH), c.width), "uint32")
         if self.drops:
@@ -125,12 +132,43 @@ class CellTask(Task):
         """bias_tile[j][r] = pse of the pair as float32."""
         c, at = self.config, self.at
         if self.problem.pse == "rows":
-            self._stage_pairs(self.bias_tile, r0, j0, count, self.bias_element)
+            if self.problem.dtype == "bfloat16" and c.keys % (2 * c.lanes) == 0:
+                self._stage_words(r0, j0, count)
+            else:
+                self._stage_pairs(self.bias_tile, r0, j0, count, self.bias_element)
             return
         with T.serial(c.width) as r:
             i = T.Bind(tir.min(self.i0 + r0 + r, at.S1 - 1))
             with T.serial(count) as j:
                 T.buffer_store(self.bias_tile, self.bias_element(i, j0 + j), [j, r])
+
+    def _stage_words(self, r0: Expr, j0: Expr, count: Expr) -> None:
+        """As `_stage_pairs`, for bfloat16: two keys are a word while they are transposed, so that
+        half as many registers are, and a cache line is read once.
+        """
+        c, L = self.config, self.config.lanes
+        pse, lead = self.buffers["pse"], self._bias_plane()
+        high = tir.Broadcast(tir.const(0xFFFF0000, "uint32"), L)
+        half = tir.Broadcast(tir.const(16, "uint32"), L)
+        with T.If(count < 2 * L):
+            with T.Then():
+                self._stage_pairs(self.bias_tile, r0, j0, count, self.bias_element)
+            with T.Else(), T.serial((count + (2 * L - 1)) // (2 * L)) as strip:
+                first = T.Bind(tir.min(strip * (2 * L), count - 2 * L))
+                with T.serial(c.vectors) as u:
+                    block = T.alloc_buffer((L, L), "uint32", scope="local")
+                    for r in range(L):
+                        i = tir.min(self.i0 + r0 + u * L + r, self.at.S1 - 1)
+                        found = load_lanes(pse, [*lead, i, j0 + first], 2 * L)
+                        words = tir.reinterpret(f"uint32x{L}", found)
+                        T.buffer_store(block, words, [r, ramp(0, L)])
+                    transpose_square(block, L)
+                    for k in range(L):
+                        words = T.Bind(load_lanes(block, [k, 0], L))
+                        for odd, bits in enumerate((words << half, words & high)):
+                            index = [first + (2 * k + odd), ramp(u * L, L)]
+                            value = tir.reinterpret(f"float32x{L}", bits)
+                            T.buffer_store(self.bias_tile, value, index)
 
     def _stage_pairs(
         self,

@@ -291,7 +291,7 @@ class Tile(CellTask):
     def _bias(self, common: Expr | None, i: Expr, j: Expr, key: Expr, r: Expr) -> Expr | None:
         p = self.problem
         if p.pse in ("rows", "packed"):
-            return self.bias_tile[key, r]
+            return self.bias_tile[key % self.bias_keys, r]
         return self.generated_bias(common, i, j) if p.pse == "slopes" else common
 
     def _masked(self, x: Expr, i: Expr, j: Expr, key: Expr, r: Expr) -> Expr:
