@@ -296,17 +296,16 @@ class _Kernel:
     def _finish_rows(self, step: Expr) -> None:
         """The share of a step of 64 k; straight code where it is small."""
 
-        def finish(part: Expr | int) -> None:
-            row = T.Bind(_int64(step * self.rows_a_step + part))
-            with T.If(row < self.pending[_ROWS]), T.Then():
-                self._finish_row(row)
-
+        first, pending = step * self.rows_a_step, self.pending[_ROWS]
         if self.rows_a_step <= self.c.rows_unrolled:
             for part in range(self.rows_a_step):
-                finish(part)
+                row = T.Bind(_int64(first + part))
+                with T.If(row < pending), T.Then():
+                    self._finish_row(row)
             return
-        with T.serial(self.rows_a_step) as part:
-            finish(part)
+        left = tirx.max(pending - first, _int64(0))
+        with T.serial(T.Bind(tirx.min(left, _int64(self.rows_a_step)))) as part:
+            self._finish_row(T.Bind(first + part))
 
     def _finish_row(self, row: Expr) -> None:
         """Row ``row`` of the pending scratch to the output."""
