@@ -294,7 +294,8 @@ def _columns(
 
 def _epilogue(node: Node, p: Problem, names: Sequence[str]) -> Epilogue:
     """The arithmetic after the product, of operands that come in the order of ``names``."""
-    to_float16 = quant.float16_cast(node.target)
+    to_float16, to_int8 = quant.float16_cast(node.target), quant.int8_cast(node.target)
+    nearest = quant.nearest_cast(node.target)
     int_bias = "bias" in node and node.dtype("bias") == "int32"
 
     def epilogue(acc: Expr, at: At, *tensors: te.Tensor) -> Expr:
@@ -307,9 +308,10 @@ def _epilogue(node: Node, p: Problem, names: Sequence[str]) -> Epilogue:
         t = acc.astype("float32") * given["scale"][at.col]
         if p.output == "int8":
             if "o9" not in given:
-                return quant.to_int8(t)
+                return to_int8(t)
             # Nine bits before the offset, eight after it.
-            return quant.saturate_int8(quant.round_clip(t, -256, 255) + given["o9"][at.col])
+            nine_bit = quant.round_clip(t, -256, 255, nearest)
+            return quant.saturate_int8(nine_bit + given["o9"][at.col])
         if "pertoken_scale" in given:
             row = divmod_(at.row, p.m)[1] if p.collapsed and p.b1 else at.row
             t = t * given["pertoken_scale"][row]

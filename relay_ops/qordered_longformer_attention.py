@@ -28,7 +28,7 @@ from .dims import int64, view
 from .int8_matmul import Left, col32, int8_matmul, pack_weight
 from .op import Dim, Node, Op, te_kernel, tir_kernel
 from .orders import COLS, Order, offset, tile
-from .quant import to_int8
+from .quant import int8_cast
 
 NAME = "qordered_longformer_attention"
 
@@ -232,6 +232,8 @@ def _project(
 
     def bias(n, values):
         return values[n + first]
+
+    to_int8 = int8_cast(node.target)
 
     def requantise(acc, at, alpha, bias):
         return to_int8(alpha[at.col] * acc.astype("float32") + bias[at.col])

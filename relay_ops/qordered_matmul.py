@@ -160,7 +160,7 @@ def lower(bb: relax.BlockBuilder, node: Node) -> list[relax.Expr]:
         "qordered_matmul.gemm",
         _left(bb, node, p),
         weight,
-        _epilogue(p, list(operands)),
+        _epilogue(node, p, list(operands)),
         operands=[*operands.values()],
         order=Order.COL32 if p.tiled else Order.ROW,
         weight_batch=_batch_of(p.b_B),
@@ -235,10 +235,10 @@ def _operands(
     return operands
 
 
-def _epilogue(p: Problem, names: Sequence[str]) -> Epilogue:
+def _epilogue(node: Node, p: Problem, names: Sequence[str]) -> Epilogue:
     """float32 arithmetic on operands that come in the order of ``names``."""
     read = col32 if p.tiled else row_major
-    batch_of = _batch_of(p.b_C)
+    batch_of, to_int8 = _batch_of(p.b_C), quant.int8_cast(node.target)
 
     def epilogue(acc: Expr, at: At, *tensors: te.Tensor) -> Expr:
         given = dict(zip(names, tensors))
@@ -249,7 +249,7 @@ def _epilogue(p: Problem, names: Sequence[str]) -> Epilogue:
             z, row = divmod_(at.row, p.m) if p.collapsed else (at.z, at.row)
             c = read(given["C"], batch_of(z), row, at.n)
             v = v + given["beta"][int64(0)] * c.astype("float32")
-        return quant.to_int8(v)
+        return to_int8(v)
 
     return epilogue
 

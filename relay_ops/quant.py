@@ -21,19 +21,42 @@ _SIGNED_OUTPUT = 1 << 46
 _NINE_BITS = (-256, 255)
 
 
-def round_clip(x: Expr, low: int, high: int) -> Expr:
+def nearest(x: Expr) -> Expr:
+    """float32 -> int32: ties to even, for what int32 can hold."""
+    return tirx.nearbyint(x).astype("int32")
+
+
+def nearest_cast(target: Target) -> Callable[[Expr], Expr]:
+    """`nearest` as ``target`` does it best: x86 rounds and converts at once."""
+    if not _converts_rounding(target):
+        return nearest
+    return lambda x: tirx.call_llvm_pure_intrin("int32", "llvm.lrint", x)
+
+
+def round_clip(x: Expr, low: int, high: int, cast: Callable[[Expr], Expr] = nearest) -> Expr:
     """float32 -> int32: nearest integer, ties to even, saturated to [low, high].
 
     Clipping comes first: the bounds are integers, so the result is the same, and the conversion
     never sees a value that int32 cannot hold.
     """
-    clipped = tirx.max(tirx.min(x, _f32(high)), _f32(low))
-    return tirx.nearbyint(clipped).astype("int32")
+    return cast(tirx.max(tirx.min(x, _f32(high)), _f32(low)))
 
 
 def to_int8(x: Expr) -> Expr:
     """float32 -> int8, ties to even, saturated to [-128, 127]."""
     return round_clip(x, -128, 127).astype("int8")
+
+
+def int8_cast(target: Target) -> Callable[[Expr], Expr]:
+    """`to_int8` as ``target`` does it best.
+
+    What int32 cannot hold x86 converts to -2^31, right for everything below -128: only the upper
+    bound has to be clipped before. It makes 127 of NaN, as `to_int8` does.
+    """
+    if not _converts_rounding(target):
+        return to_int8
+    cast = nearest_cast(target)
+    return lambda x: saturate_int8(cast(tirx.min(x, _f32(127))))
 
 
 def saturate_int8(x: Expr) -> Expr:
@@ -151,6 +174,10 @@ def unpack_offset_array(packed: np.ndarray) -> np.ndarray:
     """`unpack_offset` of an int64 or uint64 array."""
     bits = np.ascontiguousarray(packed).view(np.uint64) >> np.uint64(_OFFSET_SHIFT)
     return ((bits & np.uint64(0x1FF)).astype(np.int32) ^ 0x100) - 0x100
+
+
+def _converts_rounding(target: Target) -> bool:
+    return target.kind.name == "llvm" and codegen.target_has_features("sse2", target)
 
 
 def _bits(x: Expr) -> Expr:

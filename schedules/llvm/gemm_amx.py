@@ -1,11 +1,11 @@
 """The int8 matmul on matrix tiles (AMX): one PrimFunc, the epilogue fused.
 
-    parallel row:                                     only where rows of A are in pieces or skewed
+    parallel row:                                     only where `a` cannot be read as below
         a packed
     parallel task:
         configure the tiles
         for (batch, block of panels, row tile, panel of the block) of the task:
-            the end of the last rows of A aside       only where K ends inside of a step
+            its rows of A aside, unless they are      only where they are not whole cache lines
             for step of 64 k:                         two tiles of A by two of B, four of sums
                 prefetch some lines of the next panel
                 four loads, four products
@@ -19,9 +19,13 @@ pass, the block in the second, and neighbouring tiles of the output are written 
 
 All tiles are of one height, the one that divides M best; the last moves back over the one before
 it where rows are too few, and computes some again, to the same values. B has the panels of
-``relay_ops.int8_matmul``, K padded with zeros to whole steps. Whatever stands beyond K in a row of
-A meets these zeros, mostly the row that follows; only the last rows, beyond which the memory may
-not be ours, end in a scratch.
+``relay_ops.int8_matmul``, K padded with zeros to whole steps; whatever stands beyond K in a row of
+A meets these zeros.
+
+Tiles read rows of A in place where these are whole cache lines. Rows of another length, and those
+of COL32, a task copies to whole lines, two tiles of rows at a time, for all panels of the block.
+Where such a copy would not stay in the first-level cache, or `a` is transposed, all of it is packed
+first.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ if TYPE_CHECKING:
     from ...relay_ops.int8_matmul import Problem
 
 _CHUNK = 32
-"""Values that are copied at a time, at most: what COL32 keeps together."""
+"""Values of A that are copied at a time, at most: what COL32 keeps together."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,9 @@ class AmxConfig:
     """
     shared_steps: int = 128
     """At least, of a product that two tasks share: a second core takes no longer to join in."""
-    steps_skewed: int = 2
-    """Of rows of A that are read in place though they cross cache lines, at most; with more, a copy
-    on whole lines takes less time than the crossings.
+    aside_bytes: int = 32 << 10
+    """Of a tile of rows of A that a task copies to whole steps before their products, at most: what
+    the first-level cache has beside a panel of B.
     """
     epilogue_steps: int = 4
     """As many steps take the time of a tile's epilogue, where there are not more to hide it."""
@@ -122,15 +126,16 @@ class _Kernel:
             not isinstance(problem.m, int) or problem.m <= config.streamed_rows
         )
         self.rows_a_step = -(-2 * amx.ROWS // self.steps)
-        self.rest = p.k % amx.DEPTH
-        self.beyond = -(-self.steps * amx.DEPTH // p.k) - 1
-        """Last rows of A from which a whole number of steps leads out of A."""
+        self.pitch = self.steps * amx.DEPTH
+        in_place = p.a_run == p.k == self.pitch
+        small = 2 * amx.ROWS * self.pitch <= config.aside_bytes
+        self.aside = not in_place and small and p.a_run >= min(_CHUNK, p.k)
+        self.packed = not in_place and not self.aside
 
     def emit(self) -> None:
         p, c = self.p, self.c
         self._ask()
-        skewed = self.rest and self.steps > c.steps_skewed
-        if p.a_run != p.k or skewed or self.beyond > _ENDS - amx.ROWS:
+        if self.packed:
             self._pack()
         halves = tirx.truncdiv(self.m + (amx.ROWS - 1), _int64(amx.ROWS))
         halves = _bound(tirx.max(halves, _int64(1)))
@@ -175,9 +180,8 @@ class _Kernel:
 
     def _pack(self) -> None:
         """``a`` becomes rows of whole steps; what pads them is left as it is."""
-        p, source = self.p, self.a
+        p, source, width = self.p, self.a, self.pitch
         batch = _int64(source.shape[0])
-        width = self.steps * amx.DEPTH
         packed = T.alloc_buffer((batch * self.m * width,), "int8")
         with T.parallel(batch * self.m) as index:
             z, row = _divided(index, self.m)
@@ -185,27 +189,23 @@ class _Kernel:
             def copy(k: Expr) -> None:
                 T.buffer_store(packed, p.a_entry(source, z, row, k), [index * width + k])
 
-            whole, rest = divmod(p.k, _CHUNK)
-            with T.serial(whole) as chunk, T.vectorized(_CHUNK) as lane:
-                copy(chunk * _CHUNK + lane)
-            _in_pieces(rest, lambda k: copy(whole * _CHUNK + k))
+            _each_k(p.k, copy)
         self.a_entry = lambda z, row, k: packed[(z * self.m + row) * width + k]
-        self.rest = 0
 
     def _allocate(self) -> None:
-        """What a thread keeps: two scratches of sums, and which of them has no output yet; and the
-        end of the last rows of a matrix of A, and of which.
+        """What a thread keeps: two scratches of sums, and which of them has no output yet; and a
+        copy of a tile of rows of A, and of which.
         """
         self.sums = T.alloc_buffer((2, 2 * amx.ROWS, self.cols), "int32", scope="local")
         self.pending = T.alloc_buffer((_FIELDS,), "int64", scope="local")
         for field in range(_FIELDS):
             T.buffer_store(self.pending, _int64(0), [field])
-        if self.rest:
-            size = _ENDS * amx.DEPTH
-            self.ends = T.alloc_buffer((size,), "int8", scope="local")
-            T.buffer_store(self.ends, tirx.const(0, "int8"), [size - 1])  # or TVM cuts it short
-            self.ends_of = T.alloc_buffer((1,), "int64", scope="local")
-            T.buffer_store(self.ends_of, _int64(-1), [0])
+        if self.aside:
+            self.rows = T.alloc_buffer((2 * amx.ROWS, self.pitch), "int8", scope="local")
+            last = [2 * amx.ROWS - 1, self.pitch - 1]
+            T.buffer_store(self.rows, tirx.const(0, "int8"), last)  # or TVM cuts it short
+            self.rows_of = T.alloc_buffer((1,), "int64", scope="local")
+            T.buffer_store(self.rows_of, _int64(-1), [0])
 
     def _tile(self, z: Expr, panel: Expr, first: Expr) -> None:
         """Two tiles of rows of a panel from ``first`` on, or the one that is left."""
@@ -242,25 +242,15 @@ class _Kernel:
         grid = [(i, j) for i in range(down) for j in range(across)]
         for i, j in grid:
             T.evaluate(amx.zero(_sum(i, j)))
-        if self.rest:
-            self._set_aside(za, starts[-1])
-
-        pitch = p.k if self.rest else self.steps * amx.DEPTH
+        if self.aside:
+            self._set_aside(za, starts, za * self.m + first)
 
         def load(i: int, step: Expr | int) -> None:
-            address = T.address_of(self.a_entry(za, starts[i], step * amx.DEPTH))
-            T.evaluate(amx.load(_a(i), address, pitch))
+            k = step * amx.DEPTH
+            entry = self.rows[i * amx.ROWS, k] if self.aside else self.a_entry(za, starts[i], k)
+            T.evaluate(amx.load(_a(i), T.address_of(entry), self.pitch))
 
-        def load_last(i: int, step: int) -> None:
-            with T.If(self._leads_out(starts[i])):
-                with T.Then():
-                    aside = (starts[i] - self._first_aside()) * amx.DEPTH
-                    address = T.address_of(self.ends[aside])
-                    T.evaluate(amx.load(_a(i), address, amx.DEPTH))
-                with T.Else():
-                    load(i, step)
-
-        def products(step: Expr | int, load: Callable[[int, Expr | int], None]) -> None:
+        with T.serial(self.steps) as step:
             if self.streamed:
                 with T.If(tirx.all(first == 0, self.m <= self.c.streamed_rows)), T.Then():
                     self._ask_ahead(zb, panel, step)
@@ -274,11 +264,6 @@ class _Kernel:
                     T.evaluate(amx.multiply(_sum(i, j), _a(i), _b(j)))
             self._finish_rows(step)
 
-        in_place = self.steps - 1 if self.rest else self.steps
-        with T.serial(in_place) as step:
-            products(step, load)
-        if self.rest:
-            products(in_place, load_last)
         for i, j in grid:
             address = T.address_of(self.sums[slot, i * amx.ROWS, j * amx.LANES])
             T.evaluate(amx.store(_sum(i, j), address, self.cols * 4))
@@ -293,45 +278,34 @@ class _Kernel:
         for line in prefetch_panel(self.b, head, step, step_bytes, self.c.streams):
             T.evaluate(line.value)
 
-    # The end of the last rows of A.
+    def _set_aside(self, za: Expr, starts: list[Expr], key: Expr) -> None:
+        """The tiles of rows of matrix ``za`` from ``starts`` on, unless they are there."""
+        with T.If(self.rows_of[0] != key), T.Then():
+            for i, start in enumerate(starts):
+                with T.serial(self.height) as row:
 
-    def _leads_out(self, row: Expr) -> Expr:
-        """Whether the last step of the tile of rows from ``row`` on leads out of A."""
-        return row + self.height + self.beyond > self.m
+                    def copy(k: Expr, i: int = i, start: Expr = start, row: Expr = row) -> None:
+                        value = self.a_entry(za, start + row, k)
+                        T.buffer_store(self.rows, value, [i * amx.ROWS + row, k])
 
-    def _first_aside(self) -> Expr:
-        return tirx.max(self.m - (self.height + self.beyond), _int64(0))
-
-    def _set_aside(self, za: Expr, row: Expr) -> None:
-        """The last step of the last rows of matrix ``za``, if a tile from ``row`` on needs it."""
-        there = self.ends_of[0] == za
-        with T.If(tirx.all(self._leads_out(row), tirx.Not(there))), T.Then():
-            first = T.Bind(self._first_aside())
-            with T.serial(self.m - first) as i:
-
-                def copy(k: Expr) -> None:
-                    value = self.a_entry(za, first + i, (self.steps - 1) * amx.DEPTH + k)
-                    T.buffer_store(self.ends, value, [i * amx.DEPTH + k])
-
-                _in_pieces(self.rest, copy)
-            T.buffer_store(self.ends_of, za, [0])
+                    _each_k(self.p.k, copy)
+            T.buffer_store(self.rows_of, key, [0])
 
     # Epilogue.
 
     def _finish_rows(self, step: Expr) -> None:
         """The share of a step of 64 k; straight code where it is small."""
 
-        def finish(part: Expr | int) -> None:
-            row = T.Bind(_int64(step * self.rows_a_step + part))
-            with T.If(row < self.pending[_ROWS]), T.Then():
-                self._finish_row(row)
-
+        first, pending = step * self.rows_a_step, self.pending[_ROWS]
         if self.rows_a_step <= self.c.rows_unrolled:
             for part in range(self.rows_a_step):
-                finish(part)
+                row = T.Bind(_int64(first + part))
+                with T.If(row < pending), T.Then():
+                    self._finish_row(row)
             return
-        with T.serial(self.rows_a_step) as part:
-            finish(part)
+        left = tirx.max(pending - first, _int64(0))
+        with T.serial(T.Bind(tirx.min(left, _int64(self.rows_a_step)))) as part:
+            self._finish_row(T.Bind(first + part))
 
     def _finish_row(self, row: Expr) -> None:
         """Row ``row`` of the pending scratch to the output."""
@@ -387,9 +361,6 @@ class _Kernel:
         return self.p.epilogue(acc, self.p.at(z, m, n, col), *self.operands)
 
 
-_ENDS = 2 * amx.ROWS
-"""Rows of A whose ends a thread can set aside: a tile's, and as many that lead out of A."""
-
 _ROWS, _SLOT, _Z, _PANEL, _FIRST, _SECOND, _FIELDS = range(7)
 """Of `_Kernel.pending`: rows of sums that wait, 0 for none; where; what they are."""
 
@@ -416,6 +387,14 @@ def _both(m: int | Expr) -> bool | None:
     if halves == 1:
         return False
     return True if halves % 2 == 0 else None
+
+
+def _each_k(k: int, copy: Callable[[Expr], None]) -> None:
+    """``copy(index)`` for ``k`` indices, in vectors."""
+    whole, rest = divmod(k, _CHUNK)
+    with T.serial(whole) as chunk, T.vectorized(_CHUNK) as lane:
+        copy(chunk * _CHUNK + lane)
+    _in_pieces(rest, lambda index: copy(whole * _CHUNK + index))
 
 
 def _in_pieces(count: int, copy: Callable[[Expr], None]) -> None:
