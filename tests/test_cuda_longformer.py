@@ -7,12 +7,11 @@ import functools
 import re
 
 import cuda_code
+import longformer_cases
 import numpy as np
 import pytest
 import simt
-import test_qordered_longformer_attention as longformer_cases
-from simt import graph
-from test_qordered_longformer_attention import (
+from longformer_cases import (
     AT_RUN_TIME,
     EXAMPLE,
     EXAMPLE_ATTRS,
@@ -20,6 +19,7 @@ from test_qordered_longformer_attention import (
     attributes,
     f32,
 )
+from simt import graph
 
 from opferry.driver import device_code
 from opferry.driver import target as targets
