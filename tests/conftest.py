@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,12 @@ def pytest_collection_modifyitems(items):
     assert not missing, f"LONGEST names {missing}"
     place = {name: at for at, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_collection_finish():
+    """What thousands of tests consist of stays: the garbage collector need not walk it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
