@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import onnx
 import pytest
+from compile_once import compile_once
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nsa_cases import BF16, F16, F32, LENGTHS, OP, SYMBOLIC, assert_matches, changed, make, run
@@ -249,13 +250,12 @@ def test_bad_lengths(lists, text, form):
     given = {name: bad[name] for name in good if name not in moved}
     attrs |= {name: bad[name].tolist() for name in moved}
     with pytest.raises(OpferryError, match=text):
-        opferry.compile(node_model(OP, given, initializers=stored, **attrs)).run(given)
+        compile_once(node_model(OP, given, initializers=stored, **attrs)).run(given)
 
 
-@functools.cache
 def shared_module():
     feeds, attrs = changed()
-    return opferry.compile(node_model(OP, feeds, **attrs))
+    return compile_once(node_model(OP, feeds, **attrs))
 
 
 def test_limit_of_compressed_keys():
