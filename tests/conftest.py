@@ -9,15 +9,24 @@ from small_model import SUM_AND_NEGATIVE, model
 import opferry
 
 LONGEST = [
-    "test_nsa_compress_attention",
-    "test_cuda_attention",
-    "test_speed_fusion_attention",
-    "test_examples",
-    "test_cuda_gemm",
     "test_cuda_longformer",
+    "test_nsa_compress_attention",
+    "test_nsa_instruction_sets",
+    "test_cuda_attention_code",
+    "test_speed_fusion_masks",
+    "test_speed_fusion_products",
+    "test_examples",
+    "test_qordered_longformer_attention",
     "test_cuda_nsa",
+    "test_speed_fusion_attention",
+    "test_cuda_gemm_code",
+    "test_nsa_lengths",
+    "test_cuda_attention",
+    "test_linear_a8w8_quant",
+    "test_cuda_int8_matmul",
+    "test_cuda_attention_warpgroups",
 ]
-"""Files that take minutes. Workers take whole files: one of these begun last would run alone."""
+"""Files that take longest. Workers take whole files: one of these begun last would run alone."""
 
 
 def pytest_collection_modifyitems(items):
