@@ -289,9 +289,13 @@ def test_heads_that_are_too_wide():
 # -- instructions, registers, shared memory -------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
 def func(arch, kernel, D=64, order=Order.ROW):
     """A kernel of 12 heads of D channels, window 256, 4,096 tokens."""
+    return _func(arch, kernel, D, order)
+
+
+@functools.lru_cache(maxsize=64)
+def _func(arch, kernel, D, order):
     build = getattr(longformer, kernel)
     return build(problem(12, D, 256, 2, 4096, order), targets.resolve(f"cuda-{arch}"))
 
