@@ -1,5 +1,6 @@
 """What a CUDA kernel becomes: its C++, what TVM's verifiers say of it, what ptxas makes of it."""
 
+import functools
 import re
 import shutil
 import subprocess
@@ -45,8 +46,9 @@ class Resources(NamedTuple):
     """Static: what the kernel asks for at launch does not count."""
 
 
+@functools.lru_cache(maxsize=64)
 def source(func, arch):
-    """CUDA C++ of a PrimFunc's kernels."""
+    """CUDA C++ of a PrimFunc's kernels; made once for the same object."""
     built = tvm.compile(_module(func), targets.resolve(f"cuda-{arch}"))
     return built.mod.imports[0].inspect_source()
 

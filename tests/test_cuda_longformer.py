@@ -7,12 +7,11 @@ import functools
 import re
 
 import cuda_code
+import longformer_cases
 import numpy as np
 import pytest
 import simt
-import test_qordered_longformer_attention as longformer_cases
-from simt import graph
-from test_qordered_longformer_attention import (
+from longformer_cases import (
     AT_RUN_TIME,
     EXAMPLE,
     EXAMPLE_ATTRS,
@@ -20,6 +19,7 @@ from test_qordered_longformer_attention import (
     attributes,
     f32,
 )
+from simt import graph
 
 from opferry.driver import device_code
 from opferry.driver import target as targets
@@ -289,9 +289,13 @@ def test_heads_that_are_too_wide():
 # -- instructions, registers, shared memory -------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
 def func(arch, kernel, D=64, order=Order.ROW):
     """A kernel of 12 heads of D channels, window 256, 4,096 tokens."""
+    return _func(arch, kernel, D, order)
+
+
+@functools.lru_cache(maxsize=64)
+def _func(arch, kernel, D, order):
     build = getattr(longformer, kernel)
     return build(problem(12, D, 256, 2, 4096, order), targets.resolve(f"cuda-{arch}"))
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import simt
-from test_nsa_compress_attention import CASES, EXAMPLE, EXAMPLE_ATTRS, SYMBOLIC, causal, make
+from nsa_cases import CASES, EXAMPLE, EXAMPLE_ATTRS, SYMBOLIC, causal, make
 
 from opferry.driver import target as targets
 from opferry.frontend.builders import node_model

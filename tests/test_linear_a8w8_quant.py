@@ -1,104 +1,33 @@
-"""NPUQuantMatmul and NPUTransQuantParam, compiled, against specification and reference."""
+"""NPUQuantMatmul, compiled, against specification and reference."""
 
 import functools
 import itertools
 
 import hypothesis
 import hypothesis.strategies as st
-import ml_dtypes
 import numpy as np
 import pytest
-from compile_once import compile_once
 from hosts import available, on
+from linear_cases import (
+    BFLOAT16,
+    COMBINATIONS,
+    DTYPES,
+    FLOAT16,
+    INT8,
+    INT32,
+    NAMES,
+    OP,
+    check,
+    compiled,
+    f32,
+    int8,
+    problem,
+    run,
+)
 
-import opferry
 from opferry.driver.target import TARGETS
-from opferry.frontend.builders import node_model
 from opferry.reference.compare import compare
-from opferry.reference.linear_a8w8_quant import trans_quant_param
-from opferry.runtime.errors import InvalidInputError, InvalidNodeError
-
-OP = "NPUQuantMatmul"
-INT8, INT32, FLOAT16, BFLOAT16 = 3, 6, 10, 16
-NAMES = {INT8: "int8", INT32: "int32", FLOAT16: "float16", BFLOAT16: "bfloat16"}
-DTYPES = {
-    "int32": np.int32,
-    "int64": np.int64,
-    "uint64": np.uint64,
-    "float16": np.float16,
-    "float32": np.float32,
-    "bfloat16": ml_dtypes.bfloat16,
-}
-
-
-def f32(*values):
-    return np.array(values, np.float32)
-
-
-def int8(rng, *shape):
-    """All of int8, with -128 often."""
-    x = rng.integers(-128, 128, shape)
-    return np.where(rng.random(shape) < 0.05, -128, x).astype(np.int8)
-
-
-def compiled(feeds, attrs, initializers=(), symbolic=None, target="llvm", op=OP):
-    model = node_model(op, feeds, initializers=initializers, symbolic=symbolic, **attrs)
-    return compile_once(model, target)
-
-
-def run(module, feeds):
-    wanted = {spec.name for spec in module.inputs}
-    (y,) = module.run({name: x for name, x in feeds.items() if name in wanted}).values()
-    return y
-
-
-def check(feeds, attrs, initializers=(), symbolic=None, target="llvm", op=OP):
-    y = run(compiled(feeds, attrs, initializers, symbolic, target, op), feeds)
-    (verdict,) = compare(op, feeds, attrs, [y])
-    assert verdict.ok, verdict
-    return y
-
-
-def problem(rng, m, k, n, output, scale="float32", offset=False, bias=None, pertoken=False):
-    """Feeds for x1 (m, k) and x2 (k, n) whose results spread over the output's range."""
-    values = (rng.standard_normal(n) * 100 / (5400 * np.sqrt(k))).astype(np.float32)
-    offsets = (rng.standard_normal(n) * 60).astype(np.float32)
-    feeds = {"x1": int8(rng, m, k), "x2": int8(rng, k, n)}
-    if scale in ("int64", "uint64"):
-        feeds["scale"] = trans_quant_param(values, offsets).view(DTYPES[scale])
-    else:
-        feeds["scale"] = values.astype(DTYPES[scale])
-    if offset:
-        feeds["offset"] = offsets
-    if pertoken:
-        feeds["pertoken_scale"] = rng.standard_normal(m).astype(np.float32)
-    if bias == "int32":
-        feeds["bias"] = rng.integers(-30000, 30000, n).astype(np.int32)
-    elif bias:
-        feeds["bias"] = (rng.standard_normal(n) * 20).astype(DTYPES[bias])
-    return feeds, {"output_dtype": output}
-
-
-# The table of section 4: output, scale, offset, bias, per-token scale.
-COMBINATIONS = [
-    *itertools.product(
-        [FLOAT16], ["int64", "uint64", "float32"], [False], [None, "int32"], [False]
-    ),
-    *itertools.product(
-        [INT8], ["int64", "uint64", "float32"], [False, True], [None, "int32"], [False]
-    ),
-    *itertools.product(
-        [BFLOAT16],
-        ["float32", "bfloat16"],
-        [False],
-        [None, "int32", "bfloat16", "float32"],
-        [False, True],
-    ),
-    *itertools.product(
-        [FLOAT16], ["float32"], [False], [None, "int32", "float16", "float32"], [True]
-    ),
-    *itertools.product([INT32], ["float32", "bfloat16"], [False], [None, "int32"], [False]),
-]
+from opferry.runtime.errors import InvalidInputError
 
 
 def test_every_legal_combination_is_listed():
@@ -114,16 +43,6 @@ def test_combinations(index):
     targets = ["x86-64", "x86-avx2", "x86-avxvnni", "x86-avx512vnni", "x86-amx"]
     target = targets[index // 2 % len(targets)]
     check(feeds, attrs, stored, target=target if available(target) else "llvm")
-
-
-def test_every_other_combination_is_refused():
-    outputs, scales = [FLOAT16, INT8, BFLOAT16, INT32], ["int64", "uint64", "float32", "bfloat16"]
-    biases = [None, "int32", "float16", "bfloat16", "float32"]
-    flags = [False, True]
-    for index in set(itertools.product(outputs, scales, flags, biases, flags)) - {*COMBINATIONS}:
-        feeds, attrs = problem(np.random.default_rng(0), 2, 3, 4, *index)
-        with pytest.raises(InvalidNodeError, match="E-COMBO"):
-            opferry.compile(node_model(OP, feeds, **attrs))
 
 
 @pytest.mark.parametrize("constant", [True, False], ids=["constant", "run-time"])
@@ -417,218 +336,6 @@ def test_wide_output():
     rng = np.random.default_rng(0)
     feeds = {"x1": int8(rng, 2, 3), "x2": int8(rng, 65600, 3), "scale": f32(0.01)}
     check(feeds, {"output_dtype": INT8, "transpose_x2": 1}, ["x2"])
-
-
-PACK_CASES = [
-    # scale bits, offset, round_mode, packed
-    (0x3E99999A, 2.5, 0, 0x40403E998000),
-    (0x3C257A78, -7.0, 0, 0x7F203C256000),
-    (0x3D4CCCCD, -200.0, 0, 0x67003D4CC000),
-    (0x3F801000, 0.0, 1, 0x40003F800000),
-    (0x3F803000, 0.0, 1, 0x40003F804000),
-    (0x3FFFF000, 0.0, 1, 0x400040000000),
-    (0x80000001, 400.7, 1, 0x5FE080000000),
-    (0x3F800000, -300.2, 0, 0x60003F800000),
-]
-
-
-@pytest.mark.parametrize("round_mode", [0, 1])
-@pytest.mark.parametrize("constant", [True, False], ids=["constant", "run-time"])
-def test_trans_quant_param(round_mode, constant):
-    cases = [case for case in PACK_CASES if case[2] == round_mode]
-    feeds = {
-        "scale": np.array([case[0] for case in cases], np.uint32).view(np.float32),
-        "offset": f32(*(case[1] for case in cases)),
-    }
-    attrs = {"round_mode": round_mode}
-    y = check(feeds, attrs, ["scale"] if constant else [], op="NPUTransQuantParam")
-    assert [hex(q) for q in y] == [hex(case[3]) for case in cases]
-
-
-@pytest.mark.parametrize(
-    ("scale", "offset", "symbolic"),
-    [
-        ((3,), None, {}),
-        ((1, 3), (3,), {}),
-        ((1,), (4,), {}),
-        ((4,), (1,), {"scale": {0: "t"}}),
-        ((3,), (3,), {"scale": {0: "t"}, "offset": {0: "u"}}),
-    ],
-)
-def test_trans_quant_param_shapes(scale, offset, symbolic):
-    rng = np.random.default_rng(0)
-    feeds = {"scale": rng.standard_normal(scale).astype(np.float32)}
-    if offset:
-        feeds["offset"] = (rng.standard_normal(offset) * 100).astype(np.float32)
-    check(feeds, {}, (), symbolic, op="NPUTransQuantParam")
-
-
-def case(**changes):
-    """A valid int8 problem with some feeds (arrays, types or None) or attributes changed."""
-    given = {
-        "x1": (np.int8, (2, 3, 4)),
-        "x2": (np.int8, (4, 5)),
-        "scale": (np.float32, (5,)),
-        "output_dtype": INT8,
-    }
-    given |= changes
-    feeds = {name: value for name, value in given.items() if not isinstance(value, int)}
-    return feeds, {name: value for name, value in given.items() if isinstance(value, int)}
-
-
-REFUSALS = [
-    ("E-ATTR", 'attribute "output_dtype": found 1', case(output_dtype=1)),
-    ("E-ATTR", 'attribute "output_dtype": found 27', case(output_dtype=27)),
-    ("E-ATTR", 'attribute "transpose_x1": found 2', case(transpose_x1=2)),
-    ("E-ATTR", 'attribute "transpose_x2": found -1', case(transpose_x2=-1)),
-    ("E-ATTR", 'attribute "group_sizes"', case(group_sizes=1)),
-    ("E-ARITY", 'input "scale": found none', case(scale=None)),
-    ("E-DTYPE", 'input "x1": found uint8', case(x1=(np.uint8, (2, 3, 4)))),
-    ("E-DTYPE", 'input "x2": found int32', case(x2=(np.int32, (4, 5)))),
-    ("E-DTYPE", 'input "scale": found float16', case(scale=(np.float16, (5,)))),
-    ("E-DTYPE", 'input "offset": found int32', case(offset=(np.int32, (5,)))),
-    ("E-DTYPE", 'input "bias": found int64', case(bias=(np.int64, (5,)))),
-    ("E-RANK", 'input "x1" rank: found 1', case(x1=(np.int8, (4,)))),
-    ("E-RANK", 'input "x2" rank: found 7', case(x2=(np.int8, (1, 1, 1, 1, 1, 4, 5)))),
-    ("E-RANK", 'input "scale" rank: found 0', case(scale=(np.float32, ()))),
-    ("E-RANK", 'input "scale" rank: found 2', case(scale=(np.float32, (1, 5)))),
-    ("E-RANK", 'input "offset" rank: found 2', case(offset=(np.float32, (1, 5)))),
-    (
-        "E-RANK",
-        'input "pertoken_scale" rank: found 2',
-        case(pertoken_scale=(np.float32, (3, 1)), output_dtype=FLOAT16),
-    ),
-    ("E-RANK", 'input "bias" rank: found 2', case(bias=(np.int32, (1, 5)))),
-    (
-        "E-RANK",
-        'input "bias" rank: found 3',
-        case(x1=(np.int8, (3, 4)), bias=(np.int32, (1, 1, 5))),
-    ),
-    (
-        "E-LIMIT",
-        'input "x1" last axis: found 65536',
-        case(x1=(np.int8, (1, 65536)), x2=(np.int8, (65536, 5))),
-    ),
-    (
-        "E-LIMIT",
-        'input "x2" last axis: found 65536',
-        case(x2=(np.int8, (4, 65536)), scale=(np.float32, (1,))),
-    ),
-    ("E-SHAPE", 'input "x2" k: found 6, allowed 4', case(x2=(np.int8, (6, 5)))),
-    ("E-SHAPE", 'input "x1" batch: found (2)', case(x2=(np.int8, (3, 4, 5)))),
-    ("E-SHAPE", 'input "scale" length: found 3', case(scale=(np.float32, (3,)))),
-    ("E-SHAPE", 'input "offset" length: found 2', case(offset=(np.float32, (2,)))),
-    (
-        "E-SHAPE",
-        'input "pertoken_scale": found shape (1)',
-        case(pertoken_scale=(np.float32, (1,)), output_dtype=FLOAT16),
-    ),
-    ("E-SHAPE", 'input "bias": found shape (1)', case(bias=(np.int32, (1,)))),
-    ("E-SHAPE", 'input "bias": found shape (3, 1, 5)', case(bias=(np.int32, (3, 1, 5)))),
-    (
-        "E-COMBO",
-        'input "offset": found an offset with float16',
-        case(offset=(np.float32, (5,)), output_dtype=FLOAT16),
-    ),
-    (
-        "E-COMBO",
-        'input "pertoken_scale": found a per-token scale with int8',
-        case(pertoken_scale=(np.float32, (3,))),
-    ),
-    (
-        "E-COMBO",
-        'input "pertoken_scale": found a per-token scale with int32',
-        case(pertoken_scale=(np.float32, (3,)), output_dtype=INT32),
-    ),
-    (
-        "E-COMBO",
-        "found a per-token scale beside int64 scale",
-        case(pertoken_scale=(np.float32, (3,)), scale=(np.int64, (5,)), output_dtype=FLOAT16),
-    ),
-    (
-        "E-COMBO",
-        'input "scale": found bfloat16 with int8',
-        case(scale=(ml_dtypes.bfloat16, (5,))),
-    ),
-    (
-        "E-COMBO",
-        'input "scale": found uint64 with bfloat16',
-        case(scale=(np.uint64, (5,)), output_dtype=BFLOAT16),
-    ),
-    (
-        "E-COMBO",
-        'input "scale": found int64 with int32',
-        case(scale=(np.int64, (5,)), output_dtype=INT32),
-    ),
-    ("E-COMBO", 'input "bias": found float32 with int8', case(bias=(np.float32, (5,)))),
-    (
-        "E-COMBO",
-        'input "bias": found float32 without pertoken_scale with float16',
-        case(bias=(np.float32, (5,)), output_dtype=FLOAT16),
-    ),
-    (
-        "E-COMBO",
-        'input "bias": found bfloat16 with float16',
-        case(
-            bias=(ml_dtypes.bfloat16, (5,)),
-            output_dtype=FLOAT16,
-            pertoken_scale=(np.float32, (3,)),
-        ),
-    ),
-    (
-        "E-COMBO",
-        'input "bias": found float16 with bfloat16',
-        case(bias=(np.float16, (5,)), output_dtype=BFLOAT16),
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("code", "message", "given"), REFUSALS, ids=[f"{c}-{i}" for i, (c, *_) in enumerate(REFUSALS)]
-)
-def test_refusals(code, message, given):
-    feeds, attrs = given
-    model = node_model(OP, feeds, check=False, name="fc1", **attrs)
-    with pytest.raises(ValueError) as caught:
-        opferry.compile(model)
-    assert 'NPUQuantMatmul node "fc1"' in str(caught.value)
-    assert message in str(caught.value)
-    assert f"[{code}]" in str(caught.value)
-
-
-@pytest.mark.parametrize(("name", "shape"), [("x1", (0, 3, 4)), ("x2", (4, 0)), ("scale", (0,))])
-def test_empty_initializers_are_refused(name, shape):
-    """An empty graph input is refused earlier, by the model's check."""
-    feeds, attrs = case()
-    dtype, _ = feeds[name]
-    feeds[name] = np.zeros(shape, dtype)
-    model = node_model(OP, feeds, initializers=[name], check=False, **attrs)
-    with pytest.raises(InvalidNodeError, match=rf'input "{name}": found .*\[E-EMPTY\]'):
-        opferry.compile(model)
-
-
-@pytest.mark.parametrize(
-    ("message", "feeds", "attrs"),
-    [
-        ('attribute "round_mode": found 2', {"scale": (np.float32, (3,))}, {"round_mode": 2}),
-        ('input "scale" shape: found (2, 3)', {"scale": (np.float32, (2, 3))}, {}),
-        (
-            'input "offset" length: found 2',
-            {"scale": (np.float32, (3,)), "offset": (np.float32, (2,))},
-            {},
-        ),
-        (
-            'input "offset" rank: found 2',
-            {"scale": (np.float32, (3,)), "offset": (np.float32, (1, 3))},
-            {},
-        ),
-    ],
-)
-def test_refusals_of_trans_quant_param(message, feeds, attrs):
-    model = node_model("NPUTransQuantParam", feeds, check=False, **attrs)
-    with pytest.raises(InvalidNodeError) as caught:
-        opferry.compile(model)
-    assert message in str(caught.value)
 
 
 @hypothesis.settings(max_examples=12, deadline=None, derandomize=True)

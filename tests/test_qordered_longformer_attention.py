@@ -9,7 +9,24 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from compile_once import compile_once
 from hosts import on
+from longformer_cases import (
+    AT_RUN_TIME,
+    COL4_4R2_8C,
+    COL32,
+    COL32_2R_4R4,
+    EXAMPLE,
+    EXAMPLE_ATTRS,
+    EXAMPLE_OUTPUT,
+    OP,
+    ROW,
+    WEIGHTS,
+    attributes,
+    data,
+    f32,
+    weights,
+)
 from tvm import relax, tirx
 from tvm.s_tir import SBlock
 from tvm.target import Target
@@ -21,100 +38,7 @@ from opferry.frontend.importer import import_model
 from opferry.frontend.model import prepare
 from opferry.reference.compare import compare
 
-OP = "QOrderedLongformerAttention"
 DATA = Path(__file__).parent / "data"
-ROW, COL32, COL4_4R2_8C, COL32_2R_4R4 = 1, 2, 3, 4
-AT_RUN_TIME = ("input", "mask", "global")
-SCALES = (
-    "scale_input",
-    "scale_weight",
-    "scale_qkv_gemm",
-    "scale_global_weight",
-    "scale_global_gemm",
-    "scale_output",
-)
-WEIGHTS = ("weight", "bias", "global_weight", "global_bias", "scale_bias", *SCALES)
-
-
-def f32(*values):
-    return np.array(values, np.float32)
-
-
-# The specification's worked example; weights as the bytes that it prints.
-EXAMPLE = {
-    "input": np.array([[[8, -4], [2, 6], [-6, 3], [5, 5]]], np.int8),
-    "scale_input": f32(0.125),
-    "weight": np.array([10, 5, -3, 8, 4, -6, 7, 2, 20, -9, -12, 16], np.int8).reshape(2, 6),
-    "scale_weight": f32(0.0625),
-    "bias": f32(0.5, 0, 0, -0.5, 1, 0),
-    "scale_bias": f32(np.nan),
-    "scale_qkv_gemm": f32(0.125),
-    "mask": np.array([[0, 0, 0, -10000]], np.float16),
-    "global_weight": np.array([-7, 3, 4, 9, 6, 5, -2, 12, 11, -14, 30, 8], np.int8).reshape(2, 6),
-    "scale_global_weight": f32(0.0625),
-    "global_bias": f32(0, 0, 1, 0, 0, -2),
-    "scale_global_gemm": f32(0.125),
-    "global": np.array([[1, 0, 0, 0]], np.int32),
-    "scale_output": f32(0.03125),
-}
-EXAMPLE_ATTRS = {"num_heads": 1, "window": 1, "order_input": ROW, "order_output": ROW}
-EXAMPLE_OUTPUT = [[[-4, 3], [14, -3], [7, 3], [0, 0]]]
-
-
-def weights(seed, hidden, per_column=None, scalar_shape=()):
-    """Operands other than input, mask, global; ``per_column`` is the length of scale_weight."""
-    rng = np.random.default_rng(seed)
-
-    def matrix():
-        return rng.integers(-128, 128, (hidden, 3 * hidden), np.int8)
-
-    def column_scale(at):
-        shape = scalar_shape if per_column is None else (per_column,)
-        return (np.exp2(rng.uniform(-0.5, 0.5, shape)) * at).astype(np.float32)
-
-    scale = np.float32(40 / (74 * 74 * math.sqrt(hidden)))  # int8 projections of deviation 40
-    return {
-        "weight": matrix(),
-        "global_weight": matrix(),
-        "bias": rng.normal(0, 3, 3 * hidden).astype(np.float32),
-        "global_bias": rng.normal(0, 3, 3 * hidden).astype(np.float32),
-        "scale_input": np.full(scalar_shape, 0.03, np.float32),
-        "scale_weight": column_scale(scale),
-        "scale_global_weight": column_scale(scale * 1.3),
-        "scale_bias": np.full(scalar_shape, -1, np.float32),
-        "scale_qkv_gemm": np.full(scalar_shape, 0.03, np.float32),
-        "scale_global_gemm": np.full(scalar_shape, 0.04, np.float32),
-        "scale_output": np.full(scalar_shape, 0.02, np.float32),
-    }
-
-
-def flags(rng, batch, seq, counts):
-    """counts[b] global tokens in batch entry b, anywhere; any non-zero value is a flag."""
-    found = np.zeros((batch, seq), np.int32)
-    for b in range(batch):
-        count = min(counts[b % len(counts)], seq)
-        found[b, rng.permutation(seq)[:count]] = rng.choice([1, -1, 7], count)
-    return found
-
-
-def data(seed, batch, seq, hidden, counts, padding=0.2):
-    rng = np.random.default_rng(seed)
-    return {
-        "input": rng.integers(-128, 128, (batch, seq, hidden), np.int8),
-        "mask": np.where(rng.random((batch, seq)) < padding, -10000, 0).astype(np.float16),
-        "global": flags(rng, batch, seq, counts),
-    }
-
-
-def attributes(num_heads, window, orders):
-    return {
-        "num_heads": num_heads,
-        "window": window,
-        "order_input": orders[0],
-        "order_weight": orders[1],
-        "order_global_weight": orders[2],
-        "order_output": orders[0],
-    }
 
 
 @functools.cache
@@ -149,7 +73,7 @@ def agree(built, values):
 @pytest.mark.parametrize("initializers", [(), WEIGHTS], ids=["fed", "stored"])
 def test_worked_example(initializers):
     model = node_model(OP, EXAMPLE, initializers=initializers, **EXAMPLE_ATTRS)
-    module = opferry.compile(model)
+    module = compile_once(model)
     output = module.run({spec.name: EXAMPLE[spec.name] for spec in module.inputs})["output"]
     assert output.dtype == np.int8
     assert output.tolist() == EXAMPLE_OUTPUT
@@ -249,7 +173,7 @@ def test_row_with_itself_only():
     """Copies v: 13 and -10 in units of 0.125, read in units of 0.03125."""
     values = dict(EXAMPLE, mask=np.array([[0, -np.inf, -np.inf, -np.inf]], np.float16))
     values["global"] = np.zeros((1, 4), np.int32)
-    module = opferry.compile(node_model(OP, values, **EXAMPLE_ATTRS))
+    module = compile_once(node_model(OP, values, **EXAMPLE_ATTRS))
     assert module.run(values)["output"].tolist() == [[[52, -40], [0, 0], [0, 0], [0, 0]]]
     values["scale_output"] = f32(1e-6)  # saturates
     assert module.run(values)["output"][0, 0].tolist() == [127, -128]
@@ -399,157 +323,3 @@ def test_sequence_is_judged_at_the_call(shape):
 
 def with_scale(value, *names):
     return {name: f32(value) for name in names}
-
-
-# Changes to the worked example, and what the refusal says.
-REFUSALS = {
-    "num_heads missing": ({}, {"num_heads": None}, r'"num_heads": found 0, allowed at least 1'),
-    "num_heads": ({}, {"num_heads": -2}, r'"num_heads": found -2, allowed at least 1'),
-    "heads do not divide": ({}, {"num_heads": 4}, r'"num_heads": found 4, allowed a divisor of'),
-    "window missing": ({}, {"window": None}, r'"window": found 0, allowed at least 1'),
-    "window": ({}, {"window": 3}, r"sequence length S: found 4, allowed a multiple of .* = 6"),
-    "window size": ({}, {"window": 2**63 - 1}, r'"window": found 9223.*, allowed less than 2'),
-    "order_input missing": ({}, {"order_input": None}, r'"order_input": found 0, allowed 1 \(ROW'),
-    "order_input": ({}, {"order_input": 3}, r'"order_input": found 3, allowed 1 .* or 2 '),
-    "order_output missing": ({}, {"order_output": None}, r'"order_output": found 0, allowed 1 '),
-    "order_output": ({}, {"order_output": 2}, r'"order_output": found 2, allowed 1 '),
-    "order_weight": ({}, {"order_weight": 3}, r'"order_weight": found 3, allowed 0 \(COL\)'),
-    "order_global_weight": (
-        {},
-        {"order_global_weight": 1},
-        r'"order_global_weight": found 1, allowed 0 \(COL\) with order_input 1',
-    ),
-    "order_weight of COL32": (
-        {},
-        {"order_input": 2, "order_output": 2},
-        r'"order_weight": found 0, allowed 3 \(COL4_4R2_8C\) or 4 \(COL32_2R_4R4\)',
-    ),
-    "tile rule": (
-        {},
-        {"order_input": 2, "order_output": 2, "order_weight": 3, "order_global_weight": 4},
-        r"order_input.*found H = 2, allowed a multiple of 32",
-    ),
-    "input rank": (
-        {"input": np.zeros((4, 2), np.int8)},
-        {},
-        r'"input": found shape \(4, 2\), allowed shape \(B, S, H\)',
-    ),
-    "weight rank": ({"weight": np.zeros(12, np.int8)}, {}, r'"weight": .*allowed shape \(H, 3H\)'),
-    "weight": (
-        {"weight": np.zeros((6, 2), np.int8)},
-        {},
-        r'"weight": found shape \(6, 2\), allowed shape \(2, 6\)',
-    ),
-    "global_weight": (
-        {"global_weight": np.zeros((2, 2), np.int8)},
-        {},
-        r'"global_weight": found shape \(2, 2\), allowed shape \(2, 6\)',
-    ),
-    "bias": ({"bias": f32(1)}, {}, r'"bias": found shape \(1\), allowed shape \(6\)'),
-    "global_bias": ({"global_bias": f32(1, 2)}, {}, r'"global_bias": found shape \(2\), allowed'),
-    "mask": ({"mask": np.zeros((4, 1), np.float16)}, {}, r'"mask": found shape \(4, 1\), allowed'),
-    "global": ({"global": np.zeros((1, 3), np.int32)}, {}, r'"global": found shape \(1, 3\)'),
-    "swapped": (
-        {"global_bias": f32(0.125), "scale_global_gemm": np.zeros(6, np.float32)},
-        {},
-        r'"global_bias" and "scale_global_gemm".*look swapped',
-    ),
-    "scale_input": ({"scale_input": f32(1, 2)}, {}, r'"scale_input": found shape \(2\), allowed'),
-    "scale_bias": ({"scale_bias": f32(1, 2)}, {}, r'"scale_bias": found shape \(2\), allowed'),
-    "scale_weight": (
-        {"scale_weight": f32(1, 2, 3)},
-        {},
-        r'"scale_weight": found shape \(3\), allowed shape \(\) or \(1,\) or \(2,\) or \(6,\)',
-    ),
-    "scale_global_weight": (
-        {"scale_global_weight": np.ones((1, 6), np.float32)},
-        {},
-        r'"scale_global_weight": found shape \(1, 6\), allowed',
-    ),
-    **{
-        f"{name} {value}": ({name: f32(value)}, {}, rf'"{name}": found {value}, allowed finite')
-        for name, value in zip(SCALES, itertools.cycle([0.0, -1.0, np.nan, np.inf]))
-    },
-    "vector scale": (
-        {"scale_weight": f32(1, 0)},
-        {},
-        r'"scale_weight": found 0.0, allowed finite values above 0',
-    ),
-}
-
-
-@pytest.mark.parametrize(("inputs", "attrs", "message"), REFUSALS.values(), ids=REFUSALS)
-def test_refusals(inputs, attrs, message):
-    model = node_model(
-        OP, {**EXAMPLE, **inputs}, initializers=WEIGHTS, **{**EXAMPLE_ATTRS, **attrs}
-    )
-    with pytest.raises(ValueError, match=rf'{OP} node "node": .*{message}'):
-        opferry.compile(model)
-
-
-def test_empty_tensors_are_refused():
-    values = {name: EXAMPLE[name][:0] for name in AT_RUN_TIME}
-    with pytest.raises(ValueError, match=r'input "input".*found .*0, allowed'):
-        opferry.compile(node_model(OP, {**EXAMPLE, **values}, **EXAMPLE_ATTRS))
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("mask", np.float32), ("global", np.int64), ("input", np.uint8), ("bias", np.float16)],
-)
-def test_wrong_types(name, dtype):
-    with pytest.raises(TypeError, match=rf'{OP} node "node": input "{name}": found'):
-        opferry.compile(node_model(OP, {**EXAMPLE, name: EXAMPLE[name].astype(dtype)}))
-
-
-def test_unknown_attributes_are_ignored():
-    model = node_model(OP, EXAMPLE, **EXAMPLE_ATTRS, lda_coeff=3, check=False)
-    with pytest.warns(UserWarning, match="lda_coeff"):
-        module = opferry.compile(model)
-    assert module.run(EXAMPLE)["output"].tolist() == EXAMPLE_OUTPUT
-
-
-def test_batch_may_be_symbolic_alone():
-    model = node_model(
-        OP,
-        EXAMPLE,
-        initializers=WEIGHTS,
-        symbolic={name: {0: "B"} for name in AT_RUN_TIME},
-        **EXAMPLE_ATTRS,
-    )
-    module = opferry.compile(model)
-    values = {name: np.repeat(EXAMPLE[name], 3, axis=0) for name in AT_RUN_TIME}
-    assert module.run(values)["output"].tolist() == EXAMPLE_OUTPUT * 3
-
-
-def test_symbolic_dimensions_may_be_bound():
-    model = node_model(
-        OP,
-        EXAMPLE,
-        initializers=WEIGHTS,
-        symbolic={name: {0: "B", 1: "S"} for name in AT_RUN_TIME},
-        **EXAMPLE_ATTRS,
-    )
-    module = opferry.compile(model, shapes={"B": 1, "S": 4})
-    values = {name: EXAMPLE[name] for name in AT_RUN_TIME}
-    assert module.run(values)["output"].tolist() == EXAMPLE_OUTPUT
-    with pytest.raises(ValueError, match="sequence length S: found 5, allowed a multiple of"):
-        opferry.compile(model, shapes={"B": 1, "S": 5})
-
-
-def test_dimensions_by_other_names():
-    """Equal sizes under different symbols; H is known from the weight."""
-    model = node_model(
-        OP,
-        EXAMPLE,
-        initializers=WEIGHTS,
-        symbolic={"input": ["B", "S", "H"], "mask": ["B2", "S2"], "global": ["B", "S3"]},
-        **EXAMPLE_ATTRS,
-    )
-    module = opferry.compile(model)
-    values = {name: EXAMPLE[name] for name in AT_RUN_TIME}
-    assert module.run(values)["output"].tolist() == EXAMPLE_OUTPUT
-    with pytest.raises(ValueError, match=r'"mask" shape: found \(1, 6\), allowed shape'):
-        module.run({**values, "mask": np.zeros((1, 6), np.float16)})
-    with pytest.raises(ValueError, match=r'"input" shape: found \(1, 4, 3\), allowed shape'):
-        module.run({**values, "input": np.zeros((1, 4, 3), np.int8)})

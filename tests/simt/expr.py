@@ -22,6 +22,7 @@ class Expressions:
     def __init__(self):
         self.slots = {}
         self.sources = {}  # slot -> slots it is computed from, when purely from uniform integers
+        self.compiled = {}  # hash of an expression, its address -> (the expression, its closure)
 
     def slot(self, var):
         return self.slots.setdefault(var, len(self.slots))
@@ -32,7 +33,13 @@ class Expressions:
         return values.numpy_dtype(expr.ty.dtype)
 
     def compile(self, expr):
-        """The closure of a scalar expression."""
+        """The closure of a scalar expression; one that stands in several places has one closure."""
+        address = hash(expr)
+        if address not in self.compiled:
+            self.compiled[address] = (expr, self.closure(expr))
+        return self.compiled[address][1]
+
+    def closure(self, expr):
         kind = type(expr).__name__
         sources = self.pure_sources(expr)
         if sources is not None and kind not in ("Var", "IntImm") and "thread" in sources:
