@@ -16,7 +16,10 @@ from hosts import on
 from numpy.testing import assert_allclose, assert_array_equal
 
 import opferry
+from opferry.driver.target import resolve
 from opferry.frontend.builders import node_model
+from opferry.frontend.importer import import_model
+from opferry.frontend.model import load, prepare
 from opferry.reference.compare import compare
 from opferry.runtime.errors import InvalidInputError
 
@@ -408,6 +411,39 @@ def test_terms_are_as_exact_as_float32():
     weights = np.exp(scores - scores.max(1, keepdims=True))
     expected = weights @ v / weights.sum(1, keepdims=True)
     assert_allclose(run(module, feeds)[0][0, 0], expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("mode", [0, 3])
+@pytest.mark.parametrize(
+    ("query", "key", "value"),
+    [
+        (1, 1, 1e-34),
+        (1, 1, 3e-38),
+        (1e-36, 1e36, 1),
+        (1e36, 1e-36, 1e30),
+        (1e-20, 1e20, 1e-30),
+        ([1e36, 1e-36], [1e-36, 1e36], [1e30, 1e-34]),
+        ([1, 0], [0, 1], [1e12, 1e-36]),
+        (1, 1, [0, 1e36]),
+    ],
+)
+def test_elements_of_any_magnitude(query, key, value, mode):
+    """By even and by odd elements of a head; each column of the output in its own magnitude."""
+    feeds = qkv(N1=1, N2=1, S1=70, S2=97, D=34)
+    for name, scale in zip(("query", "key", "value"), (query, key, value)):
+        feeds[name] = (feeds[name] * np.resize(scale, 34)).astype(F32)
+    if mode:
+        feeds["atten_mask"] = CAUSAL
+    attrs = {"head_num": 1, "input_layout": "BNSD", "scale": 0.25, "sparse_mode": mode}
+    got = run(build(feeds, target=on("x86-amx"), **attrs), feeds)[0][0, 0]
+    q, k, v = (feeds[name][0, 0].astype(np.float64) for name in ("query", "key", "value"))
+    scores = q @ k.T * 0.25
+    if mode:
+        scores[np.arange(97) > np.arange(70)[:, None] + 27] = -np.inf
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    expected = weights @ v / weights.sum(1, keepdims=True)
+    atol = 2e-5 * np.abs(v).max(0)
+    assert (np.abs(got - expected) <= atol + 2e-5 * np.abs(expected)).all()
 
 
 def test_terms_of_the_largest_values_are_finite():
@@ -868,6 +904,26 @@ def test_fuzz(problem):
 def test_fuzz_longer(problem):
     feeds, attrs = problem
     check(feeds, **attrs)
+
+
+def test_layers_share_a_kernel():
+    """Messages of a kernel name the operator: the node's name would make each another kernel."""
+    model = node_model(
+        "SpeedFusionAttention",
+        qkv(S1=40, S2=40, D=32),
+        outputs=("attention_out",),
+        head_num=2,
+        input_layout="BNSD",
+        name="first",
+    )
+    second = onnx.NodeProto()
+    second.CopyFrom(model.graph.node[0])
+    second.name, second.input[0], second.output[0] = "second", "attention_out", "deeper"
+    model.graph.node.append(second)
+    model.graph.output[0].name = "deeper"
+    for target in ("x86-amx", "x86-avx2"):
+        functions = import_model(prepare(load(model), None), resolve(target)).module.functions
+        assert sum("attention" in var.name_hint for var in functions) == 1
 
 
 def test_prefix_computed_in_the_graph_is_asserted_by_the_kernel():

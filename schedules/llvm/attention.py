@@ -42,7 +42,7 @@ from ..intrin import barrier, bits, x86_amx, x86_bf16
 from .attention_amx import TileTask
 from .attention_bf16 import PairTile
 from .attention_row import RowTile
-from .attention_split import SplitTask, splits
+from .attention_split import SplitTask, may_refuse, splits
 from .attention_task import opaque
 from .attention_tile import Tile
 from .vector import VectorUnit, vector_unit
@@ -228,7 +228,7 @@ def _products(
 ) -> tuple[type[Tile], list[str]]:
     """What multiplies where rows lie across the lanes, and the LLVM text that it needs."""
     sources = [bits.SOURCE] * problem.mask
-    if min(_task_rows(problem, config)) <= config.few:
+    if min(_task_rows(problem, config)) <= config.few or (tiles and may_refuse(problem.dtype)):
         sources.append(barrier.SOURCE)
     if max(_task_rows(problem, config)) <= config.few:
         return Tile, sources
@@ -241,17 +241,27 @@ def _products(
 
 
 def _emit(tile: Tile, row_tile: RowTile, task: Task) -> None:
-    """Few rows go one by one, more across the lanes; only what the sizes leave possible."""
+    """Few rows go one by one, more across the lanes; only what the sizes leave possible. So do
+    those whose elements matrix tiles refuse.
+    """
     *place, part = task
     tile.place(*place)
     row_tile.stand_at(tile)
     row_tile.part = part
     few = tile.config.few
     possible = _task_rows(tile.problem, tile.config)
-    if min(possible) > few:
-        tile.emit()
-    elif max(possible) <= few:
+    if max(possible) <= few:
         row_tile.emit()
+    elif isinstance(tile, SplitTask) and tile.may_refuse:
+        by_rows = T.alloc_buffer((1,), "bool", scope="local")
+        T.buffer_store(by_rows, tile.rows <= few, [0])
+        with T.If(tir.Not(by_rows[0])), T.Then():
+            tile.emit()
+            T.buffer_store(by_rows, tile.refused(), [0])
+        with T.If(by_rows[0]), T.Then():
+            row_tile.emit()
+    elif min(possible) > few:
+        tile.emit()
     else:
         with T.If(tile.rows <= few):
             with T.Then():
