@@ -131,6 +131,7 @@ def pipeline(target: Target, dump_ir: str | os.PathLike[str] | None = None) -> P
             relax.transform.CanonicalizeBindings(),
             relax.backend.DispatchSampling(),
             relax.backend.DispatchSortScan(),
+            relax.transform.EliminateCommonSubexpr(),  # TVM builds each constant that it folds
             relax.transform.LegalizeOps(),
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FoldConstant(),

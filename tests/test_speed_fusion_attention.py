@@ -9,6 +9,7 @@ import sys
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
+import onnx
 import pytest
 from hosts import on
 from numpy.testing import assert_allclose, assert_array_equal
@@ -29,6 +30,11 @@ from speed_fusion_cases import (
     run,
     tnd,
 )
+
+from opferry.driver.target import resolve
+from opferry.frontend.builders import node_model
+from opferry.frontend.importer import import_model
+from opferry.frontend.model import load, prepare
 
 # -- the specification's numbers ------------------------------------------------------------------
 
@@ -286,3 +292,23 @@ def test_fuzz(problem):
 def test_fuzz_longer(problem):
     feeds, attrs = problem
     check(feeds, **attrs)
+
+
+def test_layers_share_a_kernel():
+    """Messages of a kernel name the operator: the node's name would make each another kernel."""
+    model = node_model(
+        "SpeedFusionAttention",
+        qkv(S1=40, S2=40, D=32),
+        outputs=("attention_out",),
+        head_num=2,
+        input_layout="BNSD",
+        name="first",
+    )
+    second = onnx.NodeProto()
+    second.CopyFrom(model.graph.node[0])
+    second.name, second.input[0], second.output[0] = "second", "attention_out", "deeper"
+    model.graph.node.append(second)
+    model.graph.output[0].name = "deeper"
+    for target in ("x86-amx", "x86-avx2"):
+        functions = import_model(prepare(load(model), None), resolve(target)).module.functions
+        assert sum("attention" in var.name_hint for var in functions) == 1

@@ -132,6 +132,39 @@ def test_terms_are_as_exact_as_float32():
     assert_allclose(run(module, feeds)[0][0, 0], expected, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("mode", [0, 3])
+@pytest.mark.parametrize(
+    ("query", "key", "value"),
+    [
+        (1, 1, 1e-34),
+        (1, 1, 3e-38),
+        (1e-36, 1e36, 1),
+        (1e36, 1e-36, 1e30),
+        (1e-20, 1e20, 1e-30),
+        ([1e36, 1e-36], [1e-36, 1e36], [1e30, 1e-34]),
+        ([1, 0], [0, 1], [1e12, 1e-36]),
+        (1, 1, [0, 1e36]),
+    ],
+)
+def test_elements_of_any_magnitude(query, key, value, mode):
+    """By even and by odd elements of a head; each column of the output in its own magnitude."""
+    feeds = qkv(N1=1, N2=1, S1=70, S2=97, D=34)
+    for name, scale in zip(("query", "key", "value"), (query, key, value)):
+        feeds[name] = (feeds[name] * np.resize(scale, 34)).astype(F32)
+    if mode:
+        feeds["atten_mask"] = CAUSAL
+    attrs = {"head_num": 1, "input_layout": "BNSD", "scale": 0.25, "sparse_mode": mode}
+    got = run(build(feeds, target=on("x86-amx"), **attrs), feeds)[0][0, 0]
+    q, k, v = (feeds[name][0, 0].astype(np.float64) for name in ("query", "key", "value"))
+    scores = q @ k.T * 0.25
+    if mode:
+        scores[np.arange(97) > np.arange(70)[:, None] + 27] = -np.inf
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    expected = weights @ v / weights.sum(1, keepdims=True)
+    atol = 2e-5 * np.abs(v).max(0)
+    assert (np.abs(got - expected) <= atol + 2e-5 * np.abs(expected)).all()
+
+
 def test_terms_of_the_largest_values_are_finite():
     """The nearest bfloat16 is infinite."""
     feeds = qkv(S1=40, S2=1, D=32)

@@ -42,7 +42,7 @@ from ..intrin import barrier, bits, x86_amx, x86_bf16
 from .attention_amx import TileTask
 from .attention_bf16 import PairTile
 from .attention_row import RowTile
-from .attention_split import SplitTask, splits
+from .attention_split import SplitTask, may_refuse, splits
 from .attention_task import opaque
 from .attention_tile import Tile
 from .vector import VectorUnit, vector_unit
@@ -161,6 +161,10 @@ def _tile_config(problem: AttentionProblem, config: AttentionConfig) -> Attentio
     return replace(config, groups=groups)
 
 
+OPERATOR = "SpeedFusionAttention"
+"""In the kernel's messages, instead of the node: layers that differ in their names alone share one
+kernel.
+"""
 ROW_TASKS = 32
 """Tasks that occupy the cores of any machine well enough; row by row."""
 PART_TILES = 2
@@ -206,9 +210,7 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
             tile, row_tile = kind(*parts), RowTile(*parts)
             with T.attr(0, x86_bf16.IMPORT, "".join(sources)) if sources else nullcontext():
                 if issubclass(kind, TileTask):
-                    _assert(
-                        x86_amx.permitted(), f"{problem.label}: {x86_amx.REFUSED}", "RuntimeError"
-                    )
+                    _assert(x86_amx.permitted(), f"{OPERATOR}: {x86_amx.REFUSED}", "RuntimeError")
                 if config.parts > 1:
                     row_tile.allocate_parts(B)
                 with divide(problem, config, buffers, B, S1, S2) as task:
@@ -228,7 +230,7 @@ def _products(
 ) -> tuple[type[Tile], list[str]]:
     """What multiplies where rows lie across the lanes, and the LLVM text that it needs."""
     sources = [bits.SOURCE] * problem.mask
-    if min(_task_rows(problem, config)) <= config.few:
+    if min(_task_rows(problem, config)) <= config.few or (tiles and may_refuse(problem.dtype)):
         sources.append(barrier.SOURCE)
     if max(_task_rows(problem, config)) <= config.few:
         return Tile, sources
@@ -241,17 +243,27 @@ def _products(
 
 
 def _emit(tile: Tile, row_tile: RowTile, task: Task) -> None:
-    """Few rows go one by one, more across the lanes; only what the sizes leave possible."""
+    """Few rows go one by one, more across the lanes; only what the sizes leave possible. So do
+    those whose elements matrix tiles refuse.
+    """
     *place, part = task
     tile.place(*place)
     row_tile.stand_at(tile)
     row_tile.part = part
     few = tile.config.few
     possible = _task_rows(tile.problem, tile.config)
-    if min(possible) > few:
-        tile.emit()
-    elif max(possible) <= few:
+    if max(possible) <= few:
         row_tile.emit()
+    elif isinstance(tile, SplitTask) and tile.may_refuse:
+        by_rows = T.alloc_buffer((1,), "bool", scope="local")
+        T.buffer_store(by_rows, tile.rows <= few, [0])
+        with T.If(tir.Not(by_rows[0])), T.Then():
+            tile.emit()
+            T.buffer_store(by_rows, tile.refused(), [0])
+        with T.If(by_rows[0]), T.Then():
+            row_tile.emit()
+    elif min(possible) > few:
+        tile.emit()
     else:
         with T.If(tile.rows <= few):
             with T.Then():
@@ -312,7 +324,7 @@ def _batch_tasks(
             prefix = T.Bind(buffers["prefix"][b].astype("int64"))
             _assert(
                 tir.all(prefix >= 0, prefix >= S2 - S1, prefix <= S2),
-                f'{problem.label}: "prefix": found a value outside the range, '
+                f'{OPERATOR}: "prefix": found a value outside the range, '
                 "allowed max(0, S2 - S1) to S2",
             )
     tiles = T.Bind((S1 + (config.rows - 1)) // config.rows)
@@ -354,10 +366,10 @@ def _packed_tasks(
     with T.serial(B) as b:
         start_q, length_q = _span(ends_q, b)
         start_kv, length_kv = _span(ends_kv, b)
-        _assert_list(problem, "actual_seq_qlen", start_q, length_q, S1)
-        _assert_list(problem, "actual_seq_kvlen", start_kv, length_kv, S2)
+        _assert_list("actual_seq_qlen", start_q, length_q, S1)
+        _assert_list("actual_seq_kvlen", start_kv, length_kv, S2)
         for condition, text in problem.sequence_rules(length_q, length_kv):
-            _assert(condition, f"{problem.label}: {text}")
+            _assert(condition, f"{OPERATOR}: {text}")
         T.buffer_store(pairs, state[1], [b])
         first = T.Bind(state[0])
         count = T.Bind((length_q + (config.rows - 1)) // config.rows)
@@ -370,7 +382,7 @@ def _packed_tasks(
         last = ends[B - 1].astype("int64")
         _assert(
             last == total,
-            f'{problem.label}: "{name}": found a last value other than '
+            f'{OPERATOR}: "{name}": found a last value other than '
             f"the number of packed tokens, allowed that number",
         )
     tiles = T.Bind(state[0])
@@ -398,12 +410,10 @@ def _span(ends: tir.Buffer, b: Expr) -> tuple[Expr, Expr]:
     return start, T.Bind(ends[b].astype("int64") - start)
 
 
-def _assert_list(
-    problem: AttentionProblem, name: str, start: Expr, length: Expr, total: Expr
-) -> None:
+def _assert_list(name: str, start: Expr, length: Expr, total: Expr) -> None:
     _assert(
         tir.all(length >= 0, start + length <= total),
-        f'{problem.label}: "{name}": found a value that decreases or exceeds the number of packed '
+        f'{OPERATOR}: "{name}": found a value that decreases or exceeds the number of packed '
         "tokens, allowed non-decreasing cumulative lengths",
     )
 

@@ -4,8 +4,12 @@ An element is a sum of bfloat16 terms, each what the ones before leave: three te
 float32 exactly, two every float16. A product of two elements is the sum of the products of their
 terms, of which those are left out that are below what the result resolves: of three terms six
 products are taken, of two all four for the scores and three for the output. Products of bfloat16
-are exact and are summed in float32, so the result is as good as that of float32 multiply-adds,
-except that a product below 2**-126 counts as zero.
+are exact and are summed in float32, so the result is as good as that of float32 multiply-adds.
+
+The tiles take terms and products below 2**-126 for zero. In float16 these do not matter. Nor do
+they in float32 while no element reaches `LIMIT`: what a score misses is then far below 1, and
+values, multiplied by `VALUE_SCALE`, are far above. A task that meets a larger element says so
+(`refused`), and is done again by multiply-adds.
 
 Buffers as in ``attention_amx``, once for each term, one term behind the other: queries uint32
 [terms * groups * E/2][W]; weights uint32 [terms * C/2][W]; values uint32 [terms * C/32 * E][16];
@@ -14,6 +18,7 @@ keys uint16 [terms * C][E].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import tvm.tirx as tir
@@ -23,19 +28,30 @@ from tvm.tirx.script.builder import ir as T
 from ...relay_ops import attention
 from .attention_amx import BLOCK, SIDE, TileTask
 from .transpose import transpose_square
-from .vector import load_lanes, ramp, to_float32
+from .vector import float32, load_lanes, max_lanes, ramp, to_float32
 
 TERMS = {"float16": 2, "float32": 3}
 """bfloat16 numbers that an element is the sum of."""
-LARGEST_SCALE = 2.0**64
-"""Of the scores: products below 2**-126 count as zero, and must not matter."""
+LIMIT = 2.0**72
+"""Magnitude of float32 queries, keys and scaled values from which on multiply-adds take over."""
+VALUE_SCALE = 2.0**32
+"""Of float32 values: products of their terms with weights that matter are above 2**-126."""
+LARGEST_SCALE = 2.0**16
+"""Of the scores: with terms below 2**-126, elements of `LIMIT` and D = 512 that is an error of
+2**-29.
+"""
 
 
 def splits(dtype: str, scale: float) -> bool:
-    """Whether scores and outputs of ``dtype`` go by terms: not where a scale makes products matter
+    """Whether scores and outputs of ``dtype`` go by terms: not where a scale makes terms matter
     that count as zero.
     """
     return dtype in TERMS and abs(scale) <= LARGEST_SCALE
+
+
+def may_refuse(dtype: str) -> bool:
+    """Whether a task by terms may meet elements that it leaves to multiply-adds."""
+    return dtype == "float32"
 
 
 def bfloat16_terms(x: Expr, count: int) -> list[Expr]:
@@ -66,9 +82,9 @@ def _pairs(low: Expr, high: Expr, terms: int) -> list[Expr]:
     ]
 
 
-def _words(value: int, like: Expr) -> Expr:
+def _words(value: int, like: Expr, dtype: str = "uint32") -> Expr:
     lanes = _lanes(like)
-    word = tir.const(value, "uint32")
+    word = tir.const(value, dtype)
     return word if lanes == 1 else tir.Broadcast(word, lanes)
 
 
@@ -86,13 +102,43 @@ class SplitTask(TileTask):
         return TERMS[self.problem.dtype]
 
     @property
-    def slack(self) -> float:
-        """None for float32, whose values may be as large as its sums."""
-        return 0.0 if self.problem.dtype == "float32" else super().slack
+    def may_refuse(self) -> bool:
+        return may_refuse(self.problem.dtype)
 
     @property
     def keys_in_place(self) -> bool:
         return False
+
+    def _allocate(self) -> None:
+        super()._allocate()
+        if self.may_refuse:
+            self.largest = T.alloc_buffer((BLOCK,), "uint16", scope="local")
+            none = tir.Broadcast(tir.const(0, "uint16"), BLOCK)
+            T.buffer_store(self.largest, none, [ramp(0, BLOCK)])
+
+    def _watched(self, bits: Expr) -> Expr:
+        """``bits`` of bfloat16 numbers, uint16 or pairs of them as uint32, up to 32 in all, whose
+        magnitudes enter ``largest``.
+        """
+        if not self.may_refuse:
+            return bits
+        bits = T.Bind(bits)
+        count = _lanes(bits) * (2 if str(bits.ty).startswith("uint32") else 1)
+        halves = tir.reinterpret("uint16" if count == 1 else f"uint16x{count}", bits)
+        index = ramp(0, count) if count > 1 else 0
+        magnitudes = halves & _words(0x7FFF, halves, "uint16")
+        before = tir.BufferLoad(self.largest, [index])
+        T.buffer_store(self.largest, tir.max(before, magnitudes), [index])
+        return bits
+
+    def refused(self) -> Expr:
+        """Whether some element was `LIMIT` or more, infinite or NaN."""
+        largest = max_lanes(tir.BufferLoad(self.largest, [ramp(0, BLOCK)]))
+        return largest >= tir.const(int(math.log2(LIMIT) + 127) << 7, "uint16")
+
+    def inverse(self, total: Expr) -> Expr:
+        inverse = super().inverse(total)
+        return inverse * float32(1 / VALUE_SCALE) if self.may_refuse else inverse
 
     # -- operands -----------------------------------------------------------------------------
 
@@ -125,7 +171,15 @@ class SplitTask(TileTask):
         index = attention.element(p.layout, p.D, self.at.b, n, row, d)
         buffer = self.buffers[name]
         found = buffer[tuple(index)] if lanes == 1 else load_lanes(buffer, index, lanes)
-        return T.Bind(to_float32(found, self.unit))
+        element = to_float32(found, self.unit)
+        if name == "value" and self.may_refuse:
+            element = element * float32(VALUE_SCALE, element)
+        return T.Bind(element)
+
+    def _element_words(self, low: Expr, high: Expr) -> list[Expr]:
+        """Pairs of the terms of elements."""
+        first, *rest = _pairs(low, high, self.terms)
+        return [self._watched(first), *rest]
 
     def _element_pair(self, name: str, n: Expr, row: Expr, d: Expr) -> list[Expr]:
         """Terms of elements 2d, 2d + 1; 0 where D ends."""
@@ -133,7 +187,7 @@ class SplitTask(TileTask):
         high = self._elements(name, n, row, tir.min(2 * d + 1, self.problem.D - 1))
         if self.problem.D % 2:
             high = T.Bind(tir.Select(2 * d + 1 < self.problem.D, high, tir.const(0, "float32")))
-        return _pairs(low, high, self.terms)
+        return self._element_words(low, high)
 
     def _load_query_elements(self, group: Expr) -> None:
         c, at = self.config, self.at
@@ -154,7 +208,7 @@ class SplitTask(TileTask):
             transpose_square(block, L)
             with T.serial(L // 2) as k:
                 low, high = (load_lanes(block, [2 * k + odd, 0], L) for odd in range(2))
-                for term, pair in enumerate(_pairs(low, high, self.terms)):
+                for term, pair in enumerate(self._element_words(low, high)):
                     row = self._query_row(term, group) + first // 2 + k
                     T.buffer_store(self.queries, pair, [row, ramp(u * L, L)])
 
@@ -174,13 +228,16 @@ class SplitTask(TileTask):
                 ]
                 for term, registers in enumerate(zip(*halves)):
                     words = [tir.reinterpret(f"uint16x{2 * L}", bits) for bits in registers]
+                    elements = tir.Shuffle(words, upper)
                     index = [self._key_tile_row(term, block) + k, ramp(strip * BLOCK, BLOCK)]
-                    T.buffer_store(self.key_tile, tir.Shuffle(words, upper), index)
+                    elements = elements if term else self._watched(elements)
+                    T.buffer_store(self.key_tile, elements, index)
             with T.serial(p.D % BLOCK) as tail:
                 d = p.D // BLOCK * BLOCK + tail
                 terms = bfloat16_terms(self._elements("key", self.g, row, d), self.terms)
                 for term, bits in enumerate(terms):
                     word = (bits >> _words(16, bits)).astype("uint16")
+                    word = word if term else self._watched(word)
                     T.buffer_store(self.key_tile, word, [self._key_tile_row(term, block) + k, d])
             with T.serial(self.depth - p.D) as d:
                 for term in range(self.terms):
@@ -192,7 +249,7 @@ class SplitTask(TileTask):
             low, high = (
                 self._elements("value", self.g, rows[2 * pair + odd], d) for odd in range(2)
             )
-            for term, word in enumerate(_pairs(low, high, self.terms)):
+            for term, word in enumerate(self._element_words(low, high)):
                 T.buffer_store(self.value_tile, word, [self._value_row(term, block) + d, pair])
 
     def _stage_value_strips(self, block: Expr, rows: tir.Buffer) -> None:
@@ -212,7 +269,7 @@ class SplitTask(TileTask):
                 transpose_square(square, L)
             with T.serial(L) as d:
                 low, high = (load_lanes(square, [d, 0], L) for square in squares)
-                for term, word in enumerate(_pairs(low, high, self.terms)):
+                for term, word in enumerate(self._element_words(low, high)):
                     index = [self._value_row(term, block) + first + d, ramp(0, L)]
                     T.buffer_store(self.value_tile, word, index)
 
