@@ -11,8 +11,8 @@ probabilities: M x CmpSkv floats a thread, CmpSkv <= 14000; what selection needs
 and no product is computed twice. Groups of keys that the mask hides from all rows of a task are
 skipped, and nothing is computed behind the last group that one of them sees.
 
-Tasks are of one of two kinds: on matrix tiles of bfloat16 (``nsa_amx``), or on vectors
-(``nsa_vector``).
+Tasks are of one of three kinds: on matrix tiles of bfloat16 (``nsa_amx``), of float32 and float16 on
+matrix tiles of int8 (``nsa_digits``), or on vectors (``nsa_vector``).
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
     return _without(attend_select, [name for name, kept in used.items() if not kept])
 
 
-def _task_kind(problem: Problem, target: Target) -> type:
+def _task_kind(problem: Problem, target: Target) -> type[nsa_amx.TileTask | VectorTask]:
+    """What computes the tasks: matrix tiles where they are there for the storage type."""
     for kind in (nsa_amx.TileTask, nsa_digits.DigitTask):
         if kind.available(problem, target):
             return kind

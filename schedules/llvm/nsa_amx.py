@@ -96,6 +96,7 @@ class TileTask:
     """What ``nsa`` asks of a kind of task."""
 
     measures = False
+    """Whether `measure` has something to do."""
 
     @staticmethod
     def available(problem: Problem, target: Target) -> bool:
@@ -142,8 +143,8 @@ class TileTask:
 
     # -- keys and values ----------------------------------------------------------------------
 
-    def measure(self, *_) -> None:
-        """Nothing has to be known of all values before they are packed."""
+    def measure(self, packed, Values, h2, first, row, count) -> None:
+        """Before ``pack``, where ``measures``: what it has to know of all values of a sequence."""
 
     def allocate_packed(self, key_tokens: Expr, sequences: Expr) -> SimpleNamespace:
         N2, count = self.problem.key_heads, slots(key_tokens, sequences, BLOCK)
@@ -152,8 +153,9 @@ class TileTask:
         return SimpleNamespace(K=K, V=V)
 
     def pack(self):
-        """``pack(packed, Keys, Values, h2, first, slot, row, count)``: ``count`` packed rows at ``row``;
-        keys beyond them repeat the last one, values are 0.
+        """``pack(packed, Keys, Values, h2, first, slot, row, count)``: slot ``slot`` of a sequence
+        whose first is ``first``, from ``count`` packed rows at ``row``; keys beyond them repeat the
+        last one, values are 0.
         """
 
         def pack(packed, Keys, Values, h2, first, slot, row, count) -> None:

@@ -7,9 +7,13 @@ int32, which take the time of three of bfloat16; levels 3 and 4 are below what t
 
 What is fixed is the place of the last bit, for a row of queries, a key, and a channel of the values
 of a sequence: 2**-24 of the largest number there, whatever its exponent is. Errors are those of
-float32 multiply-adds relative to the product of the largest factors. Weights are at most 1 and the
-largest of a row is 1, so their last place is fixed already. Digits of weights are unsigned, others
-are balanced, -128 to 127, so that what is left out is 0 on the average.
+float32 multiply-adds relative to the product of the largest factors, and nothing counts as zero for
+being small as such; a value far below the largest of its channel has an error of that one. Weights
+are at most 1 and the largest of a row is 1, so their last place is fixed already. Digits of weights
+are unsigned, others are balanced, -128 to 127, so that what is left out is 0 on the average.
+
+A row that is not finite has the power NaN, which its scores take; so have the outputs of a channel
+with such a value.
 
 Sums over 64 numbers of a row go through a tile as 16 words of 4 digits: those of numbers i, 32 + i,
 16 + i and 48 + i. Tiles lie in one piece, uint32 [16][16]:
@@ -70,6 +74,8 @@ _PRODUCTS = (
     *((1, 1, 0), (0, 1, 0), (0, 1, 1), (1, 1, 1), (1, 0, 1), (0, 0, 1)),
 )
 """(tile of rows, digit of the left, digit of the right), digit 0 the highest."""
+WEIGHT = 2.0**24 - 2.0**4
+"""The integer of a weight of 1: of 24 bits also where the exponential is a little off."""
 _DEPTH_LIMIT = 2**14
 """Channels whose sums of digits stay inside int32, as those of CMP_SKV_LIMIT keys do."""
 _SIGN_BITS = 0x808080
@@ -82,6 +88,7 @@ class DigitTask(TileTask):
 
     @staticmethod
     def available(problem: Problem, target: Target) -> bool:
+        """float32 and float16 on a target with int8 tiles beside vectors as wide as their rows."""
         return (
             problem.dtype in ("float32", "float16")
             and vector_unit(target).lanes == x86_amx.LANES
@@ -258,6 +265,7 @@ class DigitTask(TileTask):
     def score_groups(self, w, X, packed, token, h2, slot, rows, keys, blocks) -> None:
         """S = Q . K of the live groups."""
         K = packed.K
+        (slot,) = opaque("int64", [slot])
         with T.serial(w.count[0]) as i:
             (group,) = opaque("int64", [w.live[i]])
             with T.serial(blocks) as block:
@@ -305,7 +313,7 @@ class DigitTask(TileTask):
 
     def weigh(self, w, blocks, X, Out, token, h2, ahead) -> None:
         """S = exp(S - M) in units of the last place, P its digits, total and inverse."""
-        low, zero, peak = float32(-FLT_MAX), float32(0), float(2**_BITS)
+        low, zero = float32(-FLT_MAX), float32(0)
         self._find_quads(w, blocks)
         sums = T.alloc_buffer((2, SIDE), "float32", scope="local")
         with T.serial(blocks * BLOCK) as m:
@@ -319,7 +327,7 @@ class DigitTask(TileTask):
                 for part in range(4):
                     index = [m, ramp(quad * QUAD + part * SIDE, SIDE)]
                     x = T.Bind(tir.BufferLoad(w.S, index) - base)
-                    weight = T.Bind(exp2_weight(x, self.unit, peak=peak))
+                    weight = T.Bind(exp2_weight(x, self.unit, peak=WEIGHT))
                     T.buffer_store(w.S, weight, index)
                     total = load_lanes(sums, [part % 2, 0], SIDE) + weight
                     T.buffer_store(sums, total, [part % 2, ramp(0, SIDE)])
@@ -330,12 +338,13 @@ class DigitTask(TileTask):
                         T.buffer_store(w.P, plane, index)
             both = T.Bind(load_lanes(sums, [0, 0], SIDE) + load_lanes(sums, [1, 0], SIDE))
             total = T.Bind(sum_lanes(both))
-            T.buffer_store(w.total, total * float32(1 / peak), [m])
+            T.buffer_store(w.total, total / float32(WEIGHT), [m])
             inverse = tir.Select(total <= zero, zero, float32(1) / total)
             T.buffer_store(w.inverse, inverse, [m])
 
     def multiply_values(self, w, packed, Out, h2, slot, token, rows, blocks) -> None:
         """Out = P . V / L, 32 rows and 16 channels at a time."""
+        slot, token, rows = opaque("int64", [slot, token, rows])
         with T.serial(blocks) as block, T.serial(self.panels) as panel:
             _clear_levels()
             with T.serial(w.quad_count[0]) as i:

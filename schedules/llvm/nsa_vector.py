@@ -62,8 +62,8 @@ class VectorTask(Task):
 
     measures = False
 
-    def measure(self, *_) -> None:
-        """Nothing has to be known of all values before they are packed."""
+    def measure(self, packed, Values, h2, first, row, count) -> None:
+        """Before ``pack``, where ``measures``."""
 
     def pack(self):
         return packing(self)

@@ -122,7 +122,7 @@ def exp2_nonpositive(x: Expr) -> Expr:
 
 def exp2_weight(x: Expr, unit: VectorUnit, degree: int = 5, peak: float = 1.0) -> Expr:
     """peak * 2**x of a float32 vector x <= 0 (with AVX-512 x <= 127), relative error below 3e-7
-    (degree 4: 3e-6); 0 for minus infinity. ``peak`` is a power of two.
+    (degree 4: 3e-6); 0 for minus infinity.
 
     ``exp2_nonpositive`` in fewer instructions where the target has AVX-512: one leaves what
     exceeds the integer below, one multiplies by the power of that integer.
