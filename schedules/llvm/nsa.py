@@ -11,8 +11,8 @@ probabilities: M x CmpSkv floats a thread, CmpSkv <= 14000; what selection needs
 and no product is computed twice. Groups of keys that the mask hides from all rows of a task are
 skipped, and nothing is computed behind the last group that one of them sees.
 
-Tasks are of one of three kinds: on matrix tiles of bfloat16 (``nsa_amx``), of float32 and float16 on
-matrix tiles of int8 (``nsa_digits``), or on vectors (``nsa_vector``).
+Tasks are of one of three kinds: on matrix tiles of bfloat16 (``nsa_amx``), of float32 and float16
+on matrix tiles of int8 (``nsa_digits``), or on vectors (``nsa_vector``).
 """
 
 from __future__ import annotations

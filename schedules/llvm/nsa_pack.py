@@ -8,8 +8,8 @@ from .nsa_tile import Task
 
 
 def packing(task: Task):
-    """An inline ``pack_slot(packed, Keys, Values, h2, first, slot, row, count)``: key slot ``slot``,
-    of L keys, from ``count`` packed rows at ``row``; ``first`` is the first slot of the sequence.
+    """An inline ``pack_slot(packed, Keys, Values, h2, first, slot, row, count)``: slot ``slot``, of
+    L keys, from ``count`` packed rows at ``row``; ``first`` is the first slot of the sequence.
 
     K [h2][slot * L + key][channel] and V [h2][panel][pair of keys][channel of the panel] hold
     factors: float32, or pairs of bfloat16 along the channels of K and along the keys of V. Keys
