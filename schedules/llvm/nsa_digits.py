@@ -6,8 +6,9 @@ high times middle is level 1, and so on. Levels 0 to 2 are six products of int8 
 int32, which take the time of three of bfloat16; levels 3 and 4 are below what the result resolves.
 
 What is fixed is the place of the last bit, for a row of queries, a key, and a channel of the values
-of a sequence: 2**-24 of the largest number there, whatever its exponent is. Errors are those of
-float32 multiply-adds relative to the product of the largest factors, and nothing counts as zero for
+of a sequence: 2**-24 of the largest number there, whatever its exponent is. So errors are relative
+to the product of the largest factors: of scores about as large as those of float32 multiply-adds,
+of outputs up to three times as large where numbers are of one order. Nothing counts as zero for
 being small as such; a value far below the largest of its channel has an error of that one. Weights
 are at most 1 and the largest of a row is 1, so their last place is fixed already. Digits of weights
 are unsigned, others are balanced, -128 to 127, so that what is left out is 0 on the average.
