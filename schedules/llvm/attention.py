@@ -162,8 +162,8 @@ def _tile_config(problem: AttentionProblem, config: AttentionConfig) -> Attentio
 
 
 OPERATOR = "SpeedFusionAttention"
-"""In the kernel's messages, instead of the node: layers that differ in their names alone share one
-kernel.
+"""What a message about the machine names, instead of the node: layers that differ in their names
+alone share one kernel.
 """
 ROW_TASKS = 32
 """Tasks that occupy the cores of any machine well enough; row by row."""
@@ -324,7 +324,7 @@ def _batch_tasks(
             prefix = T.Bind(buffers["prefix"][b].astype("int64"))
             _assert(
                 tir.all(prefix >= 0, prefix >= S2 - S1, prefix <= S2),
-                f'{OPERATOR}: "prefix": found a value outside the range, '
+                f'{problem.label}: "prefix": found a value outside the range, '
                 "allowed max(0, S2 - S1) to S2",
             )
     tiles = T.Bind((S1 + (config.rows - 1)) // config.rows)
@@ -366,10 +366,10 @@ def _packed_tasks(
     with T.serial(B) as b:
         start_q, length_q = _span(ends_q, b)
         start_kv, length_kv = _span(ends_kv, b)
-        _assert_list("actual_seq_qlen", start_q, length_q, S1)
-        _assert_list("actual_seq_kvlen", start_kv, length_kv, S2)
+        _assert_list(problem, "actual_seq_qlen", start_q, length_q, S1)
+        _assert_list(problem, "actual_seq_kvlen", start_kv, length_kv, S2)
         for condition, text in problem.sequence_rules(length_q, length_kv):
-            _assert(condition, f"{OPERATOR}: {text}")
+            _assert(condition, f"{problem.label}: {text}")
         T.buffer_store(pairs, state[1], [b])
         first = T.Bind(state[0])
         count = T.Bind((length_q + (config.rows - 1)) // config.rows)
@@ -382,7 +382,7 @@ def _packed_tasks(
         last = ends[B - 1].astype("int64")
         _assert(
             last == total,
-            f'{OPERATOR}: "{name}": found a last value other than '
+            f'{problem.label}: "{name}": found a last value other than '
             f"the number of packed tokens, allowed that number",
         )
     tiles = T.Bind(state[0])
@@ -410,10 +410,12 @@ def _span(ends: tir.Buffer, b: Expr) -> tuple[Expr, Expr]:
     return start, T.Bind(ends[b].astype("int64") - start)
 
 
-def _assert_list(name: str, start: Expr, length: Expr, total: Expr) -> None:
+def _assert_list(
+    problem: AttentionProblem, name: str, start: Expr, length: Expr, total: Expr
+) -> None:
     _assert(
         tir.all(length >= 0, start + length <= total),
-        f'{OPERATOR}: "{name}": found a value that decreases or exceeds the number of packed '
+        f'{problem.label}: "{name}": found a value that decreases or exceeds the number of packed '
         "tokens, allowed non-decreasing cumulative lengths",
     )
 

@@ -19,6 +19,9 @@ both kinds of key, share one nest:
 
 Lanes run over queries in the scores, so the softmax needs no reduction across lanes, and over
 channels in the value product, so the output leaves in rows. Neither K nor V is transposed.
+
+Where the target multiplies matrix tiles of bfloat16 (AMX), the attention takes those
+(``longformer_amx``).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from tvm.script import tirx as T
 from tvm.target import Target
 from tvm.tirx import PrimFunc
 
+from . import longformer_amx
 from .vector import LOG2E, exp2_nonpositive, from_float32, to_float32, vector_unit
 
 if TYPE_CHECKING:
@@ -183,6 +187,8 @@ def attention(problem: Problem, target: Target) -> PrimFunc:
     -> int8 [B, S, H], or its COL32 form [B, H/32, S, 32] with ``problem.col32``. gq and gkv are
     read only where a flag is set.
     """
+    if longformer_amx.available(target):
+        return longformer_amx.build_attention(problem, target)
     unit, t = vector_unit(target), tiles(target, problem.head_size)
     D, N, W = problem.head_size, problem.num_heads, problem.window
     H, L, col32 = N * D, t.lanes, problem.col32
