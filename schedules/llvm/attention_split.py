@@ -116,9 +116,9 @@ class SplitTask(TileTask):
             none = tir.Broadcast(tir.const(0, "uint16"), BLOCK)
             T.buffer_store(self.largest, none, [ramp(0, BLOCK)])
 
-    def _watched(self, bits: Expr) -> Expr:
+    def _watched(self, bits: Expr, finite: bool = False) -> Expr:
         """``bits`` of bfloat16 numbers, uint16 or pairs of them as uint32, up to 32 in all, whose
-        magnitudes enter ``largest``.
+        magnitudes enter ``largest``, or those of ``finite`` ones only.
         """
         if not self.may_refuse:
             return bits
@@ -126,13 +126,16 @@ class SplitTask(TileTask):
         count = _lanes(bits) * (2 if str(bits.ty).startswith("uint32") else 1)
         halves = tir.reinterpret("uint16" if count == 1 else f"uint16x{count}", bits)
         index = ramp(0, count) if count > 1 else 0
-        magnitudes = halves & _words(0x7FFF, halves, "uint16")
+        magnitudes = T.Bind(halves & _words(0x7FFF, halves, "uint16"))
+        if finite:
+            infinity, none = (_words(x, halves, "uint16") for x in (0x7F80, 0))
+            magnitudes = tir.Select(magnitudes < infinity, magnitudes, none)
         before = tir.BufferLoad(self.largest, [index])
         T.buffer_store(self.largest, tir.max(before, magnitudes), [index])
         return bits
 
     def refused(self) -> Expr:
-        """Whether some element was `LIMIT` or more, infinite or NaN."""
+        """Whether some element was `LIMIT` or more. NaN in a query stays in its row."""
         largest = max_lanes(tir.BufferLoad(self.largest, [ramp(0, BLOCK)]))
         return largest >= tir.const(int(math.log2(LIMIT) + 127) << 7, "uint16")
 
@@ -176,10 +179,10 @@ class SplitTask(TileTask):
             element = element * float32(VALUE_SCALE, element)
         return T.Bind(element)
 
-    def _element_words(self, low: Expr, high: Expr) -> list[Expr]:
+    def _element_words(self, low: Expr, high: Expr, finite: bool = False) -> list[Expr]:
         """Pairs of the terms of elements."""
         first, *rest = _pairs(low, high, self.terms)
-        return [self._watched(first), *rest]
+        return [self._watched(first, finite), *rest]
 
     def _element_pair(self, name: str, n: Expr, row: Expr, d: Expr) -> list[Expr]:
         """Terms of elements 2d, 2d + 1; 0 where D ends."""
@@ -187,7 +190,7 @@ class SplitTask(TileTask):
         high = self._elements(name, n, row, tir.min(2 * d + 1, self.problem.D - 1))
         if self.problem.D % 2:
             high = T.Bind(tir.Select(2 * d + 1 < self.problem.D, high, tir.const(0, "float32")))
-        return self._element_words(low, high)
+        return self._element_words(low, high, finite=name == "query")
 
     def _load_query_elements(self, group: Expr) -> None:
         c, at = self.config, self.at
@@ -208,7 +211,7 @@ class SplitTask(TileTask):
             transpose_square(block, L)
             with T.serial(L // 2) as k:
                 low, high = (load_lanes(block, [2 * k + odd, 0], L) for odd in range(2))
-                for term, pair in enumerate(self._element_words(low, high)):
+                for term, pair in enumerate(self._element_words(low, high, finite=True)):
                     row = self._query_row(term, group) + first // 2 + k
                     T.buffer_store(self.queries, pair, [row, ramp(u * L, L)])
 
