@@ -16,6 +16,7 @@ from .x86_bf16 import IMPORT as IMPORT
 
 ROWS = 16
 """Rows of a tile, at most; of B's tiles, always: groups of 4 consecutive k."""
+TILES = 8
 DEPTH = 64
 """Values of k of a row of A: its bytes."""
 LANES = 16
@@ -26,7 +27,7 @@ ROW_BYTES = 64
 
 # System call 158 is arch_prctl, 0x1023 its request for a part of the processor's state, 18 the
 # tiles' data. Two threads that ask at once are both told. The configuration: palette 1 at byte 0,
-# bytes of a row from byte 16 on, rows from byte 48 on; tiles 0 to 5 hold sums and A, 6 and 7 B.
+# bytes of a row from byte 16 on, rows from byte 48 on, a byte for each tile.
 SOURCE = """
 @opferry_amx_known = internal global i32 0
 
@@ -48,7 +49,7 @@ done:
   ret i32 %result
 }
 
-define internal i32 @opferry_amx_configure(i64 %rows) alwaysinline {
+define internal i32 @opferry_amx_configure(i64 %rows_of_tiles) alwaysinline {
   %block = alloca [8 x i64], align 64
   store [8 x i64] zeroinitializer, ptr %block
   store i64 1, ptr %block
@@ -56,10 +57,8 @@ define internal i32 @opferry_amx_configure(i64 %rows) alwaysinline {
   store i64 18014673391583296, ptr %bytes
   %more = getelementptr i64, ptr %block, i64 3
   store i64 18014673391583296, ptr %more
-  %low = mul i64 %rows, 1103823438081
-  %all = or i64 %low, 1157425104234217472
   %heights = getelementptr i64, ptr %block, i64 6
-  store i64 %all, ptr %heights
+  store i64 %rows_of_tiles, ptr %heights
   call void @llvm.x86.ldtilecfg(ptr %block)
   ret i32 0
 }
@@ -88,9 +87,13 @@ def permitted() -> Expr:
     return tir.call_extern("int32", "opferry_amx_permitted") != 0
 
 
-def configure(rows: Expr) -> Expr:
-    """Tiles 0 to 5 have ``rows`` rows (int64, 1 to 16), tiles 6 and 7 have 16."""
-    return tir.call_extern("int32", "opferry_amx_configure", rows)
+def configure(rows: Expr, lower: int = 6) -> Expr:
+    """The first ``lower`` tiles, of sums and A, have ``rows`` rows (int64, 1 to 16), the others,
+    of B, 16.
+    """
+    ones = sum(1 << 8 * tile for tile in range(lower))
+    others = sum(ROWS << 8 * tile for tile in range(lower, TILES))
+    return tir.call_extern("int32", "opferry_amx_configure", rows * _int64(ones) + _int64(others))
 
 
 def release() -> Expr:

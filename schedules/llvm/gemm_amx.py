@@ -6,7 +6,8 @@
         configure the tiles
         for (batch, block of panels, row tile, panel of the block) of the task:
             its rows of A aside, unless they are      only where they are not whole cache lines
-            for step of 64 k:                         two tiles of A by two of B, four of sums
+            for step of 64 k:                         two tiles of A by two of B, four of sums;
+                                                      by three of B where N has three and no more
                 prefetch some lines of the next panel
                 four loads, four products
                 some rows of the epilogue             of the turn before, read from `sums`
@@ -92,7 +93,8 @@ CONFIG = AmxConfig()
 
 def tile(n: int, panel: int | None) -> Tile:
     """How B is packed; A is not."""
-    across = min(2, -(-n // amx.LANES))
+    tiles = -(-n // amx.LANES)
+    across = tiles if tiles <= 3 else 2
     return Tile(2 * amx.ROWS, panel or across * amx.LANES, x86.AMX)
 
 
@@ -148,7 +150,7 @@ class _Kernel:
         tasks = _bound(tasks)
         with T.parallel(tasks) as task:
             self._allocate()
-            T.evaluate(amx.configure(self.height))
+            T.evaluate(amx.configure(self.height, self._a(1) + 1))
             start, end = opaque(
                 "int64", [tirx.truncdiv(total * i, tasks) for i in (task, task + 1)]
             )
@@ -241,35 +243,56 @@ class _Kernel:
         za, zb = T.Bind(_int64(p.a_batch(z))), T.Bind(_int64(p.b_batch(z)))
         grid = [(i, j) for i in range(down) for j in range(across)]
         for i, j in grid:
-            T.evaluate(amx.zero(_sum(i, j)))
+            T.evaluate(amx.zero(self._sum(i, j)))
         if self.aside:
             self._set_aside(za, starts, za * self.m + first)
 
         def load(i: int, step: Expr | int) -> None:
             k = step * amx.DEPTH
             entry = self.rows[i * amx.ROWS, k] if self.aside else self.a_entry(za, starts[i], k)
-            T.evaluate(amx.load(_a(i), T.address_of(entry), self.pitch))
+            T.evaluate(amx.load(self._a(i), T.address_of(entry), self.pitch))
+
+        def load_b(j: int, step: Expr) -> None:
+            group, column = step * (amx.DEPTH // amx.GROUP), j * amx.LANES
+            address = T.address_of(self.b[zb, panel, group, column, 0])
+            T.evaluate(amx.load(self._b(j), address, self.cols * amx.GROUP))
 
         with T.serial(self.steps) as step:
             if self.streamed:
                 with T.If(tirx.all(first == 0, self.m <= self.c.streamed_rows)), T.Then():
                     self._ask_ahead(zb, panel, step)
-            for j in range(across):
-                group, column = step * (amx.DEPTH // amx.GROUP), j * amx.LANES
-                address = T.address_of(self.b[zb, panel, group, column, 0])
-                T.evaluate(amx.load(_b(j), address, self.cols * amx.GROUP))
+            held: dict[int, int] = {}
+            if self.across < 3:
+                for j in range(across):
+                    load_b(j, step)
+                    held[self._b(j)] = j
             for i in range(down):
                 load(i, step)
-                for j in range(across):
-                    T.evaluate(amx.multiply(_sum(i, j), _a(i), _b(j)))
+                columns = [*range(across)]
+                for j in columns if i == 0 or self.across < 3 else reversed(columns):
+                    if held.get(self._b(j)) != j:
+                        load_b(j, step)
+                        held[self._b(j)] = j
+                    T.evaluate(amx.multiply(self._sum(i, j), self._a(i), self._b(j)))
             self._finish_rows(step)
 
         for i, j in grid:
             address = T.address_of(self.sums[slot, i * amx.ROWS, j * amx.LANES])
-            T.evaluate(amx.store(_sum(i, j), address, self.cols * 4))
+            T.evaluate(amx.store(self._sum(i, j), address, self.cols * 4))
         fields = (down * self.height, slot, z, panel, starts[0], starts[-1])
         for field, value in enumerate(fields):
             T.buffer_store(self.pending, _int64(value), [field])
+
+    # Tiles: three of B across leave one for A and one for B beside their sums.
+
+    def _sum(self, i: int, j: int) -> int:
+        return max(2, self.across) * i + j
+
+    def _a(self, i: int) -> int:
+        return 6 if self.across == 3 else 4 + i
+
+    def _b(self, j: int) -> int:
+        return 7 if self.across == 3 else 6 + j
 
     def _ask_ahead(self, zb: Expr, panel: Expr, step: Expr | int) -> None:
         """The share of a step in asking for the panel after ``panel``."""
@@ -363,18 +386,6 @@ class _Kernel:
 
 _ROWS, _SLOT, _Z, _PANEL, _FIRST, _SECOND, _FIELDS = range(7)
 """Of `_Kernel.pending`: rows of sums that wait, 0 for none; where; what they are."""
-
-
-def _sum(i: int, j: int) -> int:
-    return 2 * i + j
-
-
-def _a(i: int) -> int:
-    return 4 + i
-
-
-def _b(j: int) -> int:
-    return 6 + j
 
 
 def _both(m: int | Expr) -> bool | None:
