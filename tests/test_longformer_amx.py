@@ -57,6 +57,16 @@ def test_large_heads():
     agree(tiles(1, 288, 20), data(2, 1, 320, 288, [3]))
 
 
+@pytest.mark.parametrize("orders", [(ROW, 0, 0), TILED], ids=["row", "tiled"])
+def test_few_global_tokens(orders):
+    """They go row by row: also padding, and where another entry has many."""
+    built = tiles(4, 40, 16, orders=orders)
+    values = data(7, 4, 320, 160, [1, 2, 3, 0])
+    values["mask"][1][values["global"][1] != 0] = [-10000, 0]
+    values["mask"][:, 300:] = -np.inf
+    agree(built, values)
+
+
 def test_more_global_tokens_than_a_block():
     values = data(3, 2, 1280, 16, [700, 513])
     agree(tiles(1, 16, 64), values)

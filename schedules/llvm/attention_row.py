@@ -102,18 +102,19 @@ class RowTile(Task):
                 statement(p.D // L * L + tail)
 
     def _start_row(self, h: Expr, i: Expr) -> None:
-        p, at = self.problem, self.at
-
         def load(d: Expr) -> None:
-            index = attention.element(p.layout, p.D, at.b, self.n, at.query_start + i, d)
-            element = to_float32(self.buffers["query"][tuple(index)], self.unit)
-            T.buffer_store(self.query, element, [h, d])
+            T.buffer_store(self.query, self._query_element(i, d), [h, d])
             if self.wants_output:
                 T.buffer_store(self.output, float32(0), [h, d])
 
         self._each_d(load)
         for slot, value in enumerate((attention.EMPTY_ROW_MAX, 0, 0)):
             T.buffer_store(self.state, float32(value), [h, slot])
+
+    def _query_element(self, i: Expr, d: Expr) -> Expr:
+        p, at = self.problem, self.at
+        index = attention.element(p.layout, p.D, at.b, self.n, at.query_start + i, d)
+        return to_float32(self.buffers["query"][tuple(index)], self.unit)
 
     def _products(self, j0: Expr, count: Expr) -> None:
         """scores[h][j] = query h . key j, some keys at a time; the last key is read again for

@@ -8,7 +8,8 @@ the second.
 
 Of each list a tile of rows is copied as int8 first. So both kinds of task, and both lists, share
 what follows; the output leaves by way of rows of int8 too, of which those that are another task's
-are not written.
+are not written. Few global tokens go row by row (``attention_row``), from where their keys and
+values lie.
 
 Buffers of a task beside those of ``attention_split``: queries, then outputs int8 [R][D]; keys and
 values int8 [C][D]; the additive mask of the keys float32 [C]; where the rows go int32 [R].
@@ -29,16 +30,19 @@ from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops.attention import Interval, Sequence
 from ...relay_ops.orders import COLS
-from ..intrin import x86_amx
+from ..intrin import barrier, x86_amx
 from .attention import SPLIT_TASKS, AttentionConfig
 from .attention_amx import BLOCK
+from .attention_row import RowTile
 from .attention_split import SplitTask
-from .attention_task import opaque
+from .attention_task import Task, opaque
 from .vector import float32, from_float32, load_lanes, to_float32, vector_unit
 
 if TYPE_CHECKING:
     from ...relay_ops.qordered_longformer_attention import Problem
 
+FEW_TOKENS = 2
+"""Global tokens that take less time row by row than as a group of the tiles."""
 _UNBOUNDED = 2**30  # more than the distance of any two tokens
 _ROW_BYTES = 16  # of a row of int8 that are copied at once
 _ELSEWHERE = -1  # where a row goes that another task computes
@@ -77,7 +81,8 @@ def configure(problem: Problem) -> AttentionConfig:
         groups=16 if problem.head_size <= 256 else 8,
         keys=64,
         repeats=4,
-        few=0,
+        few=FEW_TOKENS,
+        row_sums=4,
     )
     if isinstance(problem.batch, int) and isinstance(problem.seq, int):
         rows = problem.batch * problem.num_heads * problem.seq
@@ -86,21 +91,88 @@ def configure(problem: Problem) -> AttentionConfig:
     return config
 
 
-class LongformerTask(SplitTask):
-    """Rows i0, i0 + 1, ... of a head: positions, or with ``is_global`` global tokens. Keys count
-    from the first of their list on.
-    """
+@dataclass
+class LayerTask(Task):
+    """Rows i0, i0 + 1, ... of a head: positions, or with ``is_global`` global tokens."""
 
     longformer: Problem
-    length: Expr
-    """S"""
-    tokens: Expr
-    """Global tokens of the batch entry."""
-    is_global: Expr
-    scale: Expr
-    """Of the projections."""
-    inverse_scale: Expr
-    """Of the output."""
+
+    def stand_at(self, other: LayerTask) -> None:
+        super().stand_at(other)
+        for name in ("length", "tokens", "is_global", "scale", "inverse_scale"):
+            setattr(self, name, getattr(other, name))
+
+    def describe(self, S: Expr, tokens: Expr, is_global: Expr) -> None:
+        """``tokens``: global ones of the batch entry."""
+        self.length, self.tokens, self.is_global = S, tokens, is_global
+        of_local, of_global, of_output = (
+            self.buffers[name][0]
+            for name in ("scale_qkv_gemm", "scale_global_gemm", "scale_output")
+        )
+        self.scale, self.inverse_scale = opaque(
+            "float32", [tir.Select(is_global, of_global, of_local), float32(1) / of_output]
+        )
+
+    def projected(self, x: Expr, lanes: int = 1) -> Expr:
+        """int8 to the float16 number that it stands for, as float32."""
+        scale = self.scale if lanes == 1 else tir.Broadcast(self.scale, lanes)
+        x = x.astype(str(scale.ty)) * scale
+        return to_float32(from_float32(x, "float16", self.unit), self.unit)
+
+    def mask_of(self, s: Expr) -> Expr:
+        return to_float32(self.buffers["mask"][self.at.b, s], self.unit)
+
+    def quantised(self, value: Expr) -> Expr:
+        rounded = to_float32(from_float32(value, "float16", self.unit), self.unit)
+        rounded = tir.nearbyint(rounded * self.inverse_scale)
+        return tir.max(tir.min(rounded, float32(127)), float32(-128)).astype("int8")
+
+    def output_index(self, s: Expr, d: Expr, v: Expr | int) -> list[Expr]:
+        """Of elements d + v of row s; those of one d lie in one panel of 32 columns."""
+        channel = self.n * self.problem.D + d
+        if self.longformer.col32:
+            return [self.at.b, channel // COLS, s, channel % COLS + v]
+        return [self.at.b, s, channel + v]
+
+    def column(self, part: int) -> Expr:
+        """Where this head begins in part 0, 1, ... of H columns of the projections."""
+        return part * self.longformer.hidden + self.n * self.problem.D
+
+
+class GlobalRows(LayerTask, RowTile):
+    """A few global tokens of a head, which see all positions."""
+
+    def keys_of(self, i: Expr) -> Interval:
+        return Interval(0, self.length.astype("int32") - 1)
+
+    def kv(self, name: str, j: Expr, d: Expr) -> Expr:
+        row = self.at.b * self.length + j.astype("int64")
+        column = self.column(("key", "value").index(name))
+        return self.projected(self.buffers["gkv"][0, row, column + d])
+
+    def _query_element(self, i: Expr, d: Expr) -> Expr:
+        row = self.buffers["offsets"][self.at.b] + i
+        return self.projected(self.buffers["gq"][0, row, self.column(0) + d])
+
+    def _row_bias(self, slope: None, i: Expr, j: Expr) -> Expr:
+        return self.mask_of(j)
+
+    def _ask_for(self, name: str, j: Expr, share: Expr | int = 0, shares: int = 1) -> None:
+        """Nothing: the few bytes of a head come no sooner."""
+
+    def _finish_row(self, h: Expr, r: Expr) -> None:
+        self.position = T.Bind(self.buffers["positions"][self.at.b, self.i0 + r])
+        with T.If(self.mask_of(self.position) < float32(0)), T.Then():
+            T.buffer_store(self.state, float32(0), [h, 1])
+        super()._finish_row(h, r)
+
+    def put(self, r: Expr, d: Expr, value: Expr) -> None:
+        index = self.output_index(self.position, d, 0)
+        T.buffer_store(self.buffers["output"], self.quantised(value), index)
+
+
+class TileRows(LayerTask, SplitTask):
+    """Positions, or many global tokens. Keys count from the first of their list on."""
 
     # -- what the fused kernel asks ---------------------------------------------------------------
 
@@ -113,18 +185,13 @@ class LongformerTask(SplitTask):
     def _elements(self, name: str, n: Expr, row: Expr, d: Expr, lanes: int = 1) -> Expr:
         rows = self.rows_of[name]
         found = rows[row, d] if lanes == 1 else load_lanes(rows, [row, d], lanes)
-        scale = self.scale if lanes == 1 else tir.Broadcast(self.scale, lanes)
-        x = found.astype(str(scale.ty)) * scale
-        return T.Bind(to_float32(from_float32(x, "float16", self.unit), self.unit))
+        return T.Bind(self.projected(found, lanes))
 
     def _common_bias(self, j: Expr, key: Expr) -> Expr:
         return T.Bind(self.shift[key])
 
     def put(self, r: Expr, d: Expr, value: Expr) -> None:
-        rounded = to_float32(from_float32(value, "float16", self.unit), self.unit)
-        rounded = tir.nearbyint(rounded * self.inverse_scale)
-        limited = tir.max(tir.min(rounded, float32(127)), float32(-128))
-        T.buffer_store(self.rows_of["query"], limited.astype("int8"), [r, d])
+        T.buffer_store(self.rows_of["query"], self.quantised(value), [r, d])
 
     def _rows(self, group: Expr, *rest: Expr | Interval | None, none_dropped: None) -> None:
         with T.If(self.live[group] != 0), T.Then():
@@ -171,7 +238,7 @@ class LongformerTask(SplitTask):
                     row = at.b * self.length + token
                     self._copy(self.rows_of["query"], r, buffers["qkv"], row, 0)
             s = T.Bind(self.destination[r].astype("int64"))
-            attends = T.Bind(self._mask(s) >= float32(0))
+            attends = T.Bind(self.mask_of(s) >= float32(0))
             T.buffer_store(self.attends, attends.astype("int32"), [r])
             with T.If(tir.all(tir.Not(self.is_global), self._is_token_global(s))):
                 with T.Then():
@@ -228,7 +295,7 @@ class LongformerTask(SplitTask):
                 tir.Not(tir.any(self.is_global, self.gathered)), self._is_token_global(s)
             )
             beyond = tir.any(k >= count, twice)
-            shift = tir.Select(beyond, float32(float("-inf")), self._mask(s))
+            shift = tir.Select(beyond, float32(float("-inf")), self.mask_of(s))
             T.buffer_store(self.shift, shift, [k])
             row = T.Bind(at.b * self.length + s)
             with T.If(self.is_global):
@@ -241,7 +308,7 @@ class LongformerTask(SplitTask):
 
     def _copy(self, to: tir.Buffer, k: Expr, source: tir.Buffer, row: Expr, part: int) -> None:
         """to[k] = this head of part 0, 1, ... of H columns of a row of projections."""
-        column = part * self.longformer.hidden + self.n * self.problem.D
+        column = self.column(part)
 
         def copy(d: Expr, v: Expr | int) -> None:
             T.buffer_store(to, source[0, row, column + d + v], [k, d + v])
@@ -256,9 +323,6 @@ class LongformerTask(SplitTask):
         with T.serial(D % width) as tail:
             statement(D // width * width + tail, 0)
 
-    def _mask(self, s: Expr) -> Expr:
-        return to_float32(self.buffers["mask"][self.at.b, s], self.unit)
-
     def _is_token_global(self, s: Expr) -> Expr:
         rank, b = self.buffers["rank"], self.at.b
         return rank[b, s + 1] != rank[b, s]
@@ -268,18 +332,14 @@ class LongformerTask(SplitTask):
         with T.serial(self.rows) as r, T.If(self.attends[r] == 0), T.Then():
             T.buffer_store(self.sum, float32(0), [r])
         self._store_output()
-        out, column = self.buffers["output"], self.n * self.problem.D
         # A strip of channels must lie in one panel of 32 columns.
         width = math.gcd(self.problem.D, _ROW_BYTES) if self.longformer.col32 else _ROW_BYTES
         with T.serial(self.rows) as r, T.If(self.destination[r] != _ELSEWHERE), T.Then():
             s = T.Bind(self.destination[r].astype("int64"))
 
             def write(d: Expr, v: Expr | int, r: Expr = r, s: Expr = s) -> None:
-                channel = column + d
-                index = [self.at.b, s, channel + v]
-                if self.longformer.col32:
-                    index = [self.at.b, channel // COLS, s, channel % COLS + v]
-                T.buffer_store(out, self.rows_of["query"][r, d + v], index)
+                value = self.rows_of["query"][r, d + v]
+                T.buffer_store(self.buffers["output"], value, self.output_index(s, d, v))
 
             self._each_strip(width, write)
 
@@ -310,34 +370,39 @@ def build_attention(problem: Problem, target: Target) -> tir.PrimFunc:
                 name: T.arg(name, T.buffer(shape, dtype))
                 for name, (shape, dtype) in arguments.items()
             }
-            task = LongformerTask(Head(problem.head_size), config, vector_unit(target), buffers, {})
-            task.longformer = problem
-            with T.attr(0, x86_amx.IMPORT, x86_amx.SOURCE):
+            parts = (Head(problem.head_size), config, vector_unit(target), buffers, {}, problem)
+            tiles, rows = TileRows(*parts), GlobalRows(*parts)
+            with T.attr(0, x86_amx.IMPORT, x86_amx.SOURCE + barrier.SOURCE):
                 refused = f"QOrderedLongformerAttention: {x86_amx.REFUSED}"
                 with T.Assert(x86_amx.permitted(), refused, "RuntimeError"):
                     T.evaluate(0)
                 blocks = T.Bind((S + (config.rows - 1)) // config.rows)
                 with T.parallel(B * problem.num_heads * (2 * blocks)) as index:
-                    _emit(task, index, blocks, S)
+                    _emit(tiles, rows, index, blocks, S)
         return builder.get()
 
 
-def _emit(task: LongformerTask, index: Expr, blocks: Expr, S: Expr) -> None:
+def _emit(tiles: TileRows, rows: GlobalRows, index: Expr, blocks: Expr, S: Expr) -> None:
     """Blocks of positions of a head, then blocks of its global tokens, of which many are empty."""
-    heads, rows, buffers = task.longformer.num_heads, task.config.rows, task.buffers
+    heads, config = tiles.longformer.num_heads, tiles.config
     head, block = T.Bind(index // (2 * blocks)), T.Bind(index % (2 * blocks))
-    b, n = T.Bind(head // heads), head % heads
-    task.is_global = T.Bind(block >= blocks)
-    first = tir.Select(task.is_global, block - blocks, block) * rows
-    task.length = S
-    (task.tokens,) = opaque("int32", [buffers["rank"][b, S]])
-    queries = tir.Select(task.is_global, task.tokens, S.astype("int32"))
-    queries, i0 = opaque("int32", [queries, first])
-    scale = [buffers[name][0] for name in ("scale_global_gemm", "scale_qkv_gemm", "scale_output")]
-    task.scale, task.inverse_scale = opaque(
-        "float32", [tir.Select(task.is_global, *scale[:2]), float32(1) / scale[2]]
+    b = T.Bind(head // heads)
+    is_global = T.Bind(block >= blocks)
+    (tokens,) = opaque("int32", [tiles.buffers["rank"][b, S]])
+    queries, i0 = opaque(
+        "int32",
+        [
+            tir.Select(is_global, tokens, S.astype("int32")),
+            tir.Select(is_global, block - blocks, block) * config.rows,
+        ],
     )
     with T.If(i0 < queries), T.Then():
-        # The queries' rows count from i0 on, as they are copied.
-        task.place(Sequence(b, queries, S, -i0, 0, 0), n, i0)
-        task.emit()
+        # The tiles' queries count from i0 on, as they are copied.
+        tiles.place(Sequence(b, queries, S, -i0, 0, 0), head % heads, i0)
+        tiles.describe(S, tokens, is_global)
+        rows.stand_at(tiles)
+        with T.If(tir.all(is_global, tiles.rows <= config.few)):
+            with T.Then():
+                rows.emit()
+            with T.Else():
+                tiles.emit()
