@@ -28,7 +28,16 @@ from tvm.tirx.script.builder import ir as T
 from ...relay_ops import attention
 from .attention_amx import BLOCK, SIDE, TileTask
 from .transpose import transpose_square
-from .vector import float32, load_lanes, max_lanes, ramp, to_float32
+from .vector import (
+    constant,
+    float32,
+    lanes_of,
+    load_lanes,
+    max_lanes,
+    ramp,
+    reinterpret,
+    to_float32,
+)
 
 TERMS = {"float16": 2, "float32": 3}
 """bfloat16 numbers that an element is the sum of."""
@@ -64,12 +73,12 @@ def bfloat16_terms(x: Expr, count: int) -> list[Expr]:
     terms: list[Expr] = []
     rest = x
     for left in reversed(range(count)):
-        bits = tir.reinterpret(_like(x, "uint32"), rest)
+        bits = reinterpret("uint32", rest)
         if left:
-            bits = T.Bind(bits & _words(0xFFFF0000, x))
-            rest = T.Bind(rest - tir.reinterpret(str(x.ty), bits))
+            bits = T.Bind(bits & constant(0xFFFF0000, "uint32", x))
+            rest = T.Bind(rest - reinterpret("float32", bits))
         elif count == 2:
-            bits = bits + _words(0x8000, x)
+            bits = bits + constant(0x8000, "uint32", x)
         terms.append(bits)
     return terms
 
@@ -77,23 +86,9 @@ def bfloat16_terms(x: Expr, count: int) -> list[Expr]:
 def _pairs(low: Expr, high: Expr, terms: int) -> list[Expr]:
     """Pairs of the terms of two elements, or of two vectors of them."""
     return [
-        (a >> _words(16, low)) | (b & _words(0xFFFF0000, low))
+        (a >> constant(16, "uint32", low)) | (b & constant(0xFFFF0000, "uint32", low))
         for a, b in zip(bfloat16_terms(low, terms), bfloat16_terms(high, terms))
     ]
-
-
-def _words(value: int, like: Expr, dtype: str = "uint32") -> Expr:
-    lanes = _lanes(like)
-    word = tir.const(value, dtype)
-    return word if lanes == 1 else tir.Broadcast(word, lanes)
-
-
-def _like(x: Expr, dtype: str) -> str:
-    return dtype if _lanes(x) == 1 else f"{dtype}x{_lanes(x)}"
-
-
-def _lanes(x: Expr) -> int:
-    return int((str(x.ty).split("x") + ["1"])[1])
 
 
 class SplitTask(TileTask):
@@ -123,12 +118,12 @@ class SplitTask(TileTask):
         if not self.may_refuse:
             return bits
         bits = T.Bind(bits)
-        count = _lanes(bits) * (2 if str(bits.ty).startswith("uint32") else 1)
+        count = lanes_of(bits) * (2 if str(bits.ty).startswith("uint32") else 1)
         halves = tir.reinterpret("uint16" if count == 1 else f"uint16x{count}", bits)
         index = ramp(0, count) if count > 1 else 0
-        magnitudes = T.Bind(halves & _words(0x7FFF, halves, "uint16"))
+        magnitudes = T.Bind(halves & constant(0x7FFF, "uint16", halves))
         if finite:
-            infinity, none = (_words(x, halves, "uint16") for x in (0x7F80, 0))
+            infinity, none = (constant(x, "uint16", halves) for x in (0x7F80, 0))
             magnitudes = tir.Select(magnitudes < infinity, magnitudes, none)
         before = tir.BufferLoad(self.largest, [index])
         T.buffer_store(self.largest, tir.max(before, magnitudes), [index])
@@ -239,7 +234,7 @@ class SplitTask(TileTask):
                 d = p.D // BLOCK * BLOCK + tail
                 terms = bfloat16_terms(self._elements("key", self.g, row, d), self.terms)
                 for term, bits in enumerate(terms):
-                    word = (bits >> _words(16, bits)).astype("uint16")
+                    word = (bits >> constant(16, "uint32", bits)).astype("uint16")
                     word = word if term else self._watched(word)
                     T.buffer_store(self.key_tile, word, [self._key_tile_row(term, block) + k, d])
             with T.serial(self.depth - p.D) as d:

@@ -45,6 +45,8 @@ from .nsa_tile import FLT_MAX
 from .transpose import transpose_square
 from .vector import (
     LOG2E,
+    cast,
+    constant,
     exp2_weight,
     float32,
     from_float32,
@@ -52,6 +54,7 @@ from .vector import (
     max_lanes,
     nearest_int32,
     ramp,
+    reinterpret,
     scale_by_power,
     sum_lanes,
     to_float32,
@@ -332,7 +335,7 @@ class DigitTask(TileTask):
                     T.buffer_store(w.S, weight, index)
                     total = load_lanes(sums, [part % 2, 0], SIDE) + weight
                     T.buffer_store(sums, total, [part % 2, ramp(0, SIDE)])
-                    words.append(_words(nearest_int32(weight)))
+                    words.append(T.Bind(reinterpret("uint32", nearest_int32(weight))))
                 if self.wants_out:
                     for digit, plane in enumerate(_planes(words)):
                         index = [m // SIDE, quad, digit, m % SIDE, ramp(0, SIDE)]
@@ -414,38 +417,26 @@ def _joined(levels: Buffer, r: Expr, factor: float) -> Expr:
     return T.Bind(high * float32(2**16 * factor, high) + middle)
 
 
-def _like(dtype: str, x: Expr) -> str:
-    return f"{dtype}x{SIDE}" if "x" in str(x.ty) else dtype
-
-
-def _const(value: int, x: Expr) -> Expr:
-    number = tir.const(value, str(x.ty).split("x")[0])
-    return tir.Broadcast(number, SIDE) if "x" in str(x.ty) else number
-
-
-def _words(x: Expr) -> Expr:
-    return T.Bind(tir.reinterpret(f"uint32x{SIDE}", x))
-
-
 def _magnitude(x: Expr) -> Expr:
     """The bits of \\|x\\| as int32, in the order of the numbers; NaN is above infinity."""
-    bits = tir.reinterpret(_like("int32", x), x)
-    return bits & _const(0x7FFFFFFF, bits)
+    bits = reinterpret("int32", x)
+    return bits & constant(0x7FFFFFFF, "int32", bits)
 
 
 def _power(top: Expr) -> Expr:
     """The least power of two, as float32, by which numbers up to that with the bits ``top`` are
     below 127/128; NaN where they are not all finite.
     """
-    exponent = ((top + _const(1 << 17, top)) >> _const(23, top)) - _const(126, top)
-    finite = top < _const(0x7F800000, top)
-    exponent = exponent.astype(_like("float32", top))
-    return tir.Select(finite, exponent, float32(float("nan"), exponent))
+    upper, place, bias, infinity = (
+        constant(x, "int32", top) for x in (1 << 17, 23, 126, 0x7F800000)
+    )
+    exponent = cast("float32", ((top + upper) >> place) - bias)
+    return tir.Select(top < infinity, exponent, float32(float("nan"), exponent))
 
 
 def _balanced(x: Expr, power: Expr) -> Expr:
     """x * 2**power as integers whose bytes are digits from -128 to 127."""
-    number = _words(nearest_int32(scale_by_power(x, power)))
+    number = T.Bind(reinterpret("uint32", nearest_int32(scale_by_power(x, power))))
     sign = tir.Broadcast(tir.const(_SIGN_BITS, "uint32"), SIDE)
     return T.Bind((number + sign) ^ sign)
 

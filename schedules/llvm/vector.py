@@ -89,7 +89,7 @@ def vector_unit(target: Target) -> VectorUnit:
 
 def float32(value: float, like: Expr | None = None) -> Expr:
     """A float32 constant, with as many lanes as ``like``."""
-    return _const(value, "float32", like)
+    return constant(value, "float32", like)
 
 
 def exp(x: Expr) -> Expr:
@@ -98,7 +98,7 @@ def exp(x: Expr) -> Expr:
     """
     clamped = tir.min(tir.max(x, float32(_EXP_UNDERFLOW, x)), float32(_EXP_OVERFLOW, x))
     power = _nearest(clamped * float32(LOG2E, x))
-    n = _cast("float32", power)
+    n = cast("float32", power)
     r = clamped - n * float32(_LN2_HIGH, x) - n * float32(_LN2_LOW, x)
     value = (_horner(_EXP, r) * (r * r) + r + float32(1, x)) * float32(2, x)
     # n reaches 128: one factor 2 stands outside of the power's exponent field.
@@ -115,7 +115,7 @@ def exp2_nonpositive(x: Expr) -> Expr:
     """
     clamped = tir.max(x, float32(-126, x))
     power = _nearest(clamped)
-    r = clamped - _cast("float32", power)
+    r = clamped - cast("float32", power)
     value = (_horner(_EXP2, r) * r + float32(1, x)) * _power_of_two(power, 0)
     return tir.Select(x < float32(-126, x), float32(0, x), value)
 
@@ -157,30 +157,30 @@ def _avx512(name: str, x: Expr, *rest: Expr, dtype: str = "float32x16") -> Expr:
 
 def is_nan(x: Expr) -> Expr:
     """Whether float32 ``x`` is NaN, by its bits: TVM takes ``x != x`` for false."""
-    return (_reinterpret("uint32", x) & _u32(0x7FFFFFFF, x)) > _u32(0x7F800000, x)
+    return (reinterpret("uint32", x) & _u32(0x7FFFFFFF, x)) > _u32(0x7F800000, x)
 
 
 def to_float32(x: Expr, unit: VectorUnit) -> Expr:
     """float16, bfloat16 or float32 to float32, exactly."""
     dtype = _element(x)
     if dtype == "bfloat16":
-        return _reinterpret("float32", _cast("uint32", _reinterpret("uint16", x)) << _u32(16, x))
+        return reinterpret("float32", cast("uint32", reinterpret("uint16", x)) << _u32(16, x))
     if dtype == "float16" and not unit.half_to_float:
-        return _half_bits_to_float32(_cast("uint32", _reinterpret("uint16", x)))
-    return x if dtype == "float32" else _cast("float32", x)
+        return _half_bits_to_float32(cast("uint32", reinterpret("uint16", x)))
+    return x if dtype == "float32" else cast("float32", x)
 
 
 def from_float32(x: Expr, dtype: str, unit: VectorUnit) -> Expr:
     """float32 to a storage type, rounding to nearest even; float16 overflow gives infinity."""
     if dtype == "bfloat16":
-        bits = _reinterpret("uint32", x)
+        bits = reinterpret("uint32", x)
         rounded = bits + _u32(0x7FFF, x) + ((bits >> _u32(16, x)) & _u32(1, x))
         kept = tir.Select(is_nan(x), _u32(0x7FC0, x), rounded >> _u32(16, x))
-        return _reinterpret("bfloat16", _cast("uint16", kept))
+        return reinterpret("bfloat16", cast("uint16", kept))
     if dtype == "float16" and not unit.float_to_half:
-        bits = _float32_to_half_bits(_reinterpret("uint32", x))
-        return _reinterpret("float16", _cast("uint16", bits))
-    return x if dtype == "float32" else _cast(dtype, x)
+        bits = _float32_to_half_bits(reinterpret("uint32", x))
+        return reinterpret("float16", cast("uint16", bits))
+    return x if dtype == "float32" else cast(dtype, x)
 
 
 def load_lanes(buffer: tir.Buffer, indices: Sequence[Expr | int], lanes: int) -> Expr:
@@ -205,7 +205,7 @@ def sums_lanes(vectors: Sequence[Expr]) -> Expr:
     Two vectors become one that holds half sums of both, and so on: two shuffles and an addition a
     vector, where ``sum_lanes`` takes log2(lanes) of each.
     """
-    lanes, merged = _lanes(vectors[0]), 1
+    lanes, merged = lanes_of(vectors[0]), 1
     while merged < lanes:
         low, high = _half_groups(lanes, merged)
         vectors = [
@@ -240,7 +240,7 @@ def max_lanes(vector: Expr) -> Expr:
 
 
 def _reduce(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
-    lanes = _lanes(vector)
+    lanes = lanes_of(vector)
     while lanes > 1:
         lanes //= 2
         low = tir.Shuffle([vector], list(range(lanes)))
@@ -257,22 +257,24 @@ def _horner(coefficients: Sequence[float], r: Expr) -> Expr:
 
 def _nearest(x: Expr) -> Expr:
     """float32 to the nearest int32, |x| < 2**22."""
-    return _reinterpret("int32", x + float32(_ROUND, x)) - _const(_ROUND_BITS, "int32", x)
+    return reinterpret("int32", x + float32(_ROUND, x)) - constant(_ROUND_BITS, "int32", x)
 
 
 def _power_of_two(n: Expr, plus: int) -> Expr:
     """2**(n + plus) of int32."""
-    return _reinterpret("float32", (n + _const(127 + plus, "int32", n)) << _const(23, "int32", n))
+    return reinterpret(
+        "float32", (n + constant(127 + plus, "int32", n)) << constant(23, "int32", n)
+    )
 
 
 def _half_bits_to_float32(bits: Expr) -> Expr:
     """Exact; a subnormal half becomes normal in the multiplication by 2**112."""
     magnitude = (bits & _u32(0x7FFF, bits)) << _u32(13, bits)
-    value = _reinterpret("float32", magnitude) * float32(2.0**112, bits)
-    special = _reinterpret("float32", magnitude | _u32(0x7F800000, bits))
+    value = reinterpret("float32", magnitude) * float32(2.0**112, bits)
+    special = reinterpret("float32", magnitude | _u32(0x7F800000, bits))
     value = tir.Select(magnitude >= _u32(0x0F800000, bits), special, value)
     sign = (bits & _u32(0x8000, bits)) << _u32(16, bits)
-    return _reinterpret("float32", _reinterpret("uint32", value) | sign)
+    return reinterpret("float32", reinterpret("uint32", value) | sign)
 
 
 def _float32_to_half_bits(bits: Expr) -> Expr:
@@ -282,8 +284,8 @@ def _float32_to_half_bits(bits: Expr) -> Expr:
     magnitude = bits & _u32(0x7FFFFFFF, bits)
     odd = (magnitude >> _u32(13, bits)) & _u32(1, bits)
     normal = (magnitude - _u32(0x38000000 - 0xFFF, bits) + odd) >> _u32(13, bits)
-    sum_ = _reinterpret("float32", magnitude) + float32(0.5, bits)
-    subnormal = _reinterpret("uint32", sum_) - _u32(0x3F000000, bits)
+    sum_ = reinterpret("float32", magnitude) + float32(0.5, bits)
+    subnormal = reinterpret("uint32", sum_) - _u32(0x3F000000, bits)
     special = tir.Select(magnitude > _u32(0x7F800000, bits), _u32(0x7E00, bits), _u32(0x7C00, bits))
     half = tir.Select(magnitude < _u32(0x38800000, bits), subnormal, normal)
     half = tir.Select(magnitude >= _u32(0x47800000, bits), special, half)
@@ -291,30 +293,33 @@ def _float32_to_half_bits(bits: Expr) -> Expr:
 
 
 def _u32(value: int, like: Expr) -> Expr:
-    return _const(value, "uint32", like)
+    return constant(value, "uint32", like)
 
 
-def _const(value: float, dtype: str, like: Expr | None) -> Expr:
+def constant(value: float, dtype: str, like: Expr | None) -> Expr:
+    """With as many lanes as ``like``."""
     scalar = tir.const(value, dtype)
-    lanes = 1 if like is None else _lanes(like)
+    lanes = 1 if like is None else lanes_of(like)
     return scalar if lanes == 1 else tir.Broadcast(scalar, lanes)
 
 
-def _cast(dtype: str, x: Expr) -> Expr:
+def cast(dtype: str, x: Expr) -> Expr:
+    """As many lanes of ``dtype`` as x has."""
     return x.astype(_with_lanes(dtype, x))
 
 
-def _reinterpret(dtype: str, x: Expr) -> Expr:
+def reinterpret(dtype: str, x: Expr) -> Expr:
+    """The bits of x as so many lanes of ``dtype``."""
     return tir.reinterpret(_with_lanes(dtype, x), x)
 
 
 def _with_lanes(dtype: str, x: Expr) -> str:
-    return dtype if _lanes(x) == 1 else f"{dtype}x{_lanes(x)}"
+    return dtype if lanes_of(x) == 1 else f"{dtype}x{lanes_of(x)}"
 
 
 def _element(x: Expr) -> str:
     return str(x.ty).split("x")[0]
 
 
-def _lanes(x: Expr) -> int:
+def lanes_of(x: Expr) -> int:
     return int((str(x.ty).split("x") + ["1"])[1])
