@@ -141,6 +141,29 @@ def test_non_finite_rows_outside_of_the_sequences_do_not_leak():
     assert not any(np.isnan(got[name]).any() for name in OUTPUTS)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_channels_far_larger_than_others(dtype):
+    """As projections of transformers have them: what is small beside them still counts."""
+    feeds, attrs = make((10,), (70,), 16, 1, 128, 32, dtype, k=4)
+    feeds["query"][:, :, 0] *= dtype.type(30)
+    feeds["key"][:, :, 1] *= dtype.type(30)
+    assert_matches(feeds, attrs, run(feeds, attrs))
+    for name, factor in (("query", 100), ("key", 1 / 100)):
+        feeds[name][:, :, 0] *= dtype.type(factor)
+    assert_matches(feeds, attrs, run(feeds, attrs))
+
+
+def test_a_masked_value_may_be_large():
+    """Its weight is 0, whatever it is."""
+    feeds, attrs = make((19,), (70,), d=16, dv=16)
+    feeds["atten_mask"] = np.zeros((19, 70), bool)
+    feeds["atten_mask"][:, 69] = True
+    feeds["value"][69] = 0
+    clean = run(feeds, attrs)["attention_out"]
+    feeds["value"][69] = 1e8
+    np.testing.assert_array_equal(run(feeds, attrs)["attention_out"], clean)
+
+
 def test_a_masked_key_may_be_nan():
     feeds, attrs = make((5,), (9,), atten="bool")
     feeds["atten_mask"][:, 4] = True

@@ -119,11 +119,6 @@ def multiply(c: int, a: int, b: int) -> Expr:
     return _tile("tdpbssd", _number(c), _number(a), _number(b))
 
 
-def multiply_unsigned(c: int, a: int, b: int) -> Expr:
-    """As `multiply`, A unsigned."""
-    return _tile("tdpbusd", _number(c), _number(a), _number(b))
-
-
 def multiply_bf16(c: int, a: int, b: int) -> Expr:
     """float32 C[i, j] += sum over g, e of A[i, 2 g + e] * B[g, 2 j + e], bfloat16.
 

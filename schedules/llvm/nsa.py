@@ -11,8 +11,8 @@ probabilities: M x CmpSkv floats a thread, CmpSkv <= 14000; what selection needs
 and no product is computed twice. Groups of keys that the mask hides from all rows of a task are
 skipped, and nothing is computed behind the last group that one of them sees.
 
-Tasks are of one of three kinds: on matrix tiles of bfloat16 (``nsa_amx``), of float32 and float16
-on matrix tiles of int8 (``nsa_digits``), or on vectors (``nsa_vector``).
+Tasks are of one of two kinds: on matrix tiles of bfloat16 (``nsa_amx``), or on vectors
+(``nsa_vector``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tvm.target import Target
 from tvm.tirx import PrimFunc
 
 from ..intrin import x86_amx, x86_bf16
-from . import nsa_amx, nsa_digits
+from . import nsa_amx
 from .nsa_lengths import find_sequence, first_slot, guard, slots, start
 from .nsa_records import COPIES, row_clearing
 from .nsa_vector import VectorTask
@@ -40,14 +40,12 @@ buffers are worth their allocation."""
 
 def attend_select(problem: Problem, target: Target) -> PrimFunc:
     """The kernel; its arguments are those of ``Problem``."""
-    kind = _task_kind(problem, target)
-    tiled = issubclass(kind, nsa_amx.TileTask)
-    task = kind(problem, target)
+    tiled = nsa_amx.available(problem, target)
+    task = (nsa_amx.TileTask if tiled else VectorTask)(problem, target)
     p, SLOT, ROWS = problem, task.key_slot, task.query_rows
     N1, N2, D, DV = p.query_heads, p.key_heads, p.head_size, p.value_size
     mask_dtype, forced_dtype = p.atten_mask or "bool", p.topk_mask or "bool"
     check, pack_slot, attend = guard(p), task.pack(), task.attend()
-    measures, measure = task.measures, task.measure
     clear_row = row_clearing(p, vector_unit(target))
     sources = "".join(task.sources)
     imports = bool(sources)
@@ -95,15 +93,6 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
             check(QL, KL, SL, B, Tq, Tk, R, C, RF, CF)
 
             packed = T.meta_var(task.allocate_packed(Tk, B))
-            if measures:
-                for part in T.parallel(N2 * B):
-                    h2: T.int64 = part // B
-                    b: T.int64 = part % B
-                    if start(QL, b) < QL[b]:
-                        measure(
-                            packed, Values, h2, first_slot(KL, b, SLOT), start(KL, b),
-                            KL[b] - start(KL, b),
-                        )  # fmt: skip
             for part in T.parallel(N2 * slots(Tk, B, SLOT)):
                 h2: T.int64 = part // slots(Tk, B, SLOT)
                 slot: T.int64 = part % slots(Tk, B, SLOT)
@@ -113,10 +102,7 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
                 row: T.int64 = start(KL, b) + (slot - first_slot(KL, b, SLOT)) * SLOT
                 # Keys of a sequence without queries may hold anything: nobody looks at them.
                 if row < KL[b] and start(QL, b) < QL[b]:
-                    pack_slot(
-                        packed, Keys, Values, h2, first_slot(KL, b, SLOT), slot, row,
-                        T.min(KL[b] - row, SLOT),
-                    )  # fmt: skip
+                    pack_slot(*packed, Keys, Values, h2, slot, row, T.min(KL[b] - row, SLOT))
 
             for part in T.parallel(N2 * T.min(slots(Tq, B, ROWS), _STRIPS)):
                 tasks: T.int64 = slots(Tq, B, ROWS)
@@ -137,7 +123,7 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
                     rows: T.int64 = T.min(QL[b] - q0 - t0, ROWS)
                     if rows > 0 and place < tasks:
                         attend(
-                            buffers, packed, X, Mask, Forced, Max, Sum, Out, Indices,
+                            buffers, *packed, X, Mask, Forced, Max, Sum, Out, Indices,
                             h2, first_slot(KL, b, SLOT), q0, QL[b] - q0, t0, rows,
                             KL[b] - start(KL, b), ahead * ROWS,
                         )  # fmt: skip
@@ -155,14 +141,6 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
         "Indices": "topk_indices_out" in p.outputs,
     }
     return _without(attend_select, [name for name, kept in used.items() if not kept])
-
-
-def _task_kind(problem: Problem, target: Target) -> type[nsa_amx.TileTask | VectorTask]:
-    """What computes the tasks: matrix tiles where they are there for the storage type."""
-    for kind in (nsa_amx.TileTask, nsa_digits.DigitTask):
-        if kind.available(problem, target):
-            return kind
-    return VectorTask
 
 
 def _without(func: PrimFunc, names: list[str]) -> PrimFunc:

@@ -92,24 +92,21 @@ class TileConfig:
             raise ValueError(f"TileConfig: heads: found {self.heads}, allowed powers of two")
 
 
+def available(problem: Problem, target: Target) -> bool:
+    """bfloat16 on a target with matrix tiles beside vectors as wide as their rows. Scores stay the
+    bare products: their order must be that of the scaled ones, so a scale of 0 is left out.
+    """
+    factor = abs(problem.scale) * LOG2E
+    return (
+        problem.dtype == "bfloat16"
+        and vector_unit(target).lanes == x86_amx.LANES
+        and x86_amx.available_bf16(target)
+        and _SMALLEST <= factor <= FLT_MAX
+    )
+
+
 class TileTask:
     """What ``nsa`` asks of a kind of task."""
-
-    measures = False
-    """Whether `measure` has something to do."""
-
-    @staticmethod
-    def available(problem: Problem, target: Target) -> bool:
-        """bfloat16 on a target with matrix tiles beside vectors as wide as their rows. Scores stay
-        the bare products: their order must be that of the scaled ones, so a scale of 0 is left out.
-        """
-        factor = abs(problem.scale) * LOG2E
-        return (
-            problem.dtype == "bfloat16"
-            and vector_unit(target).lanes == x86_amx.LANES
-            and x86_amx.available_bf16(target)
-            and _SMALLEST <= factor <= FLT_MAX
-        )
 
     def __init__(self, problem: Problem, target: Target):
         self.problem, self.target, self.config = problem, target, TileConfig()
@@ -143,22 +140,18 @@ class TileTask:
 
     # -- keys and values ----------------------------------------------------------------------
 
-    def measure(self, packed, Values, h2, first, row, count) -> None:
-        """Before ``pack``, where ``measures``: what it has to know of all values of a sequence."""
-
-    def allocate_packed(self, key_tokens: Expr, sequences: Expr) -> SimpleNamespace:
+    def allocate_packed(self, key_tokens: Expr, sequences: Expr) -> tuple[Buffer, Buffer]:
         N2, count = self.problem.key_heads, slots(key_tokens, sequences, BLOCK)
         K = T.alloc_buffer((N2, count, 2, self.depth // 2, SIDE), "uint32")
         V = T.alloc_buffer((N2, count, 2 * self.strips, SIDE, SIDE), "uint32")
-        return SimpleNamespace(K=K, V=V)
+        return K, V
 
     def pack(self):
-        """``pack(packed, Keys, Values, h2, first, slot, row, count)``: slot ``slot`` of a sequence
-        whose first is ``first``, from ``count`` packed rows at ``row``; keys beyond them repeat the
-        last one, values are 0.
+        """``pack(K, V, Keys, Values, h2, slot, row, count)``: ``count`` packed rows at ``row``;
+        keys beyond them repeat the last one, values are 0.
         """
 
-        def pack(packed, Keys, Values, h2, first, slot, row, count) -> None:
+        def pack(K, V, Keys, Values, h2, slot, row, count) -> None:
             h2, slot, row, count = opaque("int64", [h2, slot, row, count])
             rows = T.alloc_buffer((BLOCK, self.depth), "uint16")
             with T.serial(BLOCK) as k:
@@ -173,9 +166,9 @@ class TileTask:
                 transpose_square(block, SIDE)
                 for c in range(SIDE):
                     index = [h2, slot, half, strip * SIDE + c, ramp(0, SIDE)]
-                    T.buffer_store(packed.K, load_lanes(block, [c, 0], SIDE), index)
+                    T.buffer_store(K, load_lanes(block, [c, 0], SIDE), index)
             if self.wants_out:
-                self._pack_values(packed.V, Values, h2, slot, row, count)
+                self._pack_values(V, Values, h2, slot, row, count)
 
         return pack
 
@@ -213,33 +206,26 @@ class TileTask:
 
     def allocate(self, key_tokens: Expr) -> SimpleNamespace:
         p, M = self.problem, self.height
-        slots_ = TS.ceildiv(TS.min(key_tokens, p.cmp_skv_limit), self.key_slot)
-        groups = T.Bind(slots_ * (self.key_slot // BLOCK))
+        groups = T.Bind(TS.ceildiv(TS.min(key_tokens, p.cmp_skv_limit), BLOCK))
         keys = groups * BLOCK
         # Rows of S one cache line more than a power of two apart do not compete for its sets.
         return SimpleNamespace(
+            Q=T.alloc_buffer((M, self.depth), "uint16"),
             S=T.alloc_buffer((M, keys + SIDE), "float32"),
+            P=T.alloc_buffer((M, groups * SIDE + SIDE), "uint32"),
             hidden=T.alloc_buffer((self.query_rows, keys + BLOCK), "uint8"),
             live=T.alloc_buffer((groups,), "int32"),
             partial=T.alloc_buffer((groups,), "int32"),
             sums=T.alloc_buffer((self.front + keys + p.taps + 2 * SIDE,), "float32"),
             windows=T.alloc_buffer((keys + p.blocks_stride + SIDE,), "float32"),
             score=T.alloc_buffer((1, keys + WIDTH), "float32"),
+            O=T.alloc_buffer((BLOCK, BLOCK), "float32", scope="local"),
             top=T.alloc_buffer((M,), "float32", scope="local"),
             base=T.alloc_buffer((M,), "float32", scope="local"),
             total=T.alloc_buffer((M,), "float32", scope="local"),
             inverse=T.alloc_buffer((M,), "float32", scope="local"),
             count=T.alloc_buffer((2,), "int32", scope="local"),
-            **self._allocate_operands(groups),
         )
-
-    def _allocate_operands(self, groups: Expr) -> dict[str, Buffer]:
-        """What the products read and leave, for ``groups`` of keys."""
-        return {
-            "Q": T.alloc_buffer((self.height, self.depth), "uint16"),
-            "P": T.alloc_buffer((self.height, groups * SIDE + SIDE), "uint32"),
-            "O": T.alloc_buffer((BLOCK, BLOCK), "float32", scope="local"),
-        }
 
     @property
     def queries_in_place(self) -> bool:
@@ -338,7 +324,7 @@ class TileTask:
         else:
             load_tile(tile, w.Q[m, strip * BLOCK], self.depth * _HALF)
 
-    def score_groups(self, w, X, packed, token, h2, slot, rows, keys, blocks) -> None:
+    def score_groups(self, w, X, K, token, h2, slot, rows, keys, blocks) -> None:
         """S = Q . K of the live groups."""
         with T.serial(w.count[0]) as i:
             (group,) = opaque("int64", [w.live[i]])
@@ -350,7 +336,7 @@ class TileTask:
                         m = block * BLOCK + side * SIDE
                         self._load_query_tile(tile, w, X, token, rows, h2, m, strip)
                     for side, tile in enumerate(RIGHT):
-                        key = packed.K[h2, slot + group, side, strip * SIDE, 0]
+                        key = K[h2, slot + group, side, strip * SIDE, 0]
                         load_tile(tile, key, x86_amx.ROW_BYTES)
                     multiply_tiles()
                 pitch = w.S.shape[1] * _WORD
@@ -428,11 +414,19 @@ class TileTask:
                 T.buffer_store(w.count, groups.astype("int32"), [slot])
 
     def weigh(self, w, blocks, X, Out, token, h2, ahead) -> None:
-        """S = exp(S - M), P the same as pairs of bfloat16, total and inverse."""
+        """S = exp(S - M), P the same as pairs of bfloat16, total and inverse.
+
+        Asks for the row of the output, and for that of the queries of the next task.
+        """
+        G = self.problem.group
         low, zero = float32(-FLT_MAX), float32(0)
         sums = T.alloc_buffer((2, SIDE), "float32", scope="local")
         with T.serial(blocks * BLOCK) as m:
-            self._ask_ahead(m, X, Out, token, h2, ahead)
+            index = [token + m // G, h2 * G + m % G]
+            if self.wants_out:
+                with T.If(tir.Not(self.stream.wanted(Out))), T.Then():
+                    _prefetch(Out, index, self.problem.value_size, _FOR_WRITING)
+            _prefetch(X, [index[0] + ahead, index[1]], self.problem.head_size, _FOR_READING)
             base = T.Bind(tir.Select(w.top[m] == low, zero, w.top[m]))
             for side in range(2):
                 T.buffer_store(sums, tir.Broadcast(zero, SIDE), [side, ramp(0, SIDE)])
@@ -457,16 +451,7 @@ class TileTask:
             inverse = tir.Select(total > zero, float32(1) / total, zero)
             T.buffer_store(w.inverse, inverse, [m])
 
-    def _ask_ahead(self, m, X, Out, token, h2, ahead) -> None:
-        """Ask for the row of the output, and for that of the queries of the next task."""
-        p = self.problem
-        row, head = token + m // p.group, h2 * p.group + m % p.group
-        if self.wants_out:
-            with T.If(tir.Not(self.stream.wanted(Out))), T.Then():
-                _prefetch(Out, [row, head], p.value_size, _FOR_WRITING)
-        _prefetch(X, [row + ahead, head], p.head_size, _FOR_READING)
-
-    def multiply_values(self, w, packed, Out, h2, slot, token, rows, blocks) -> None:
+    def multiply_values(self, w, V, Out, h2, slot, token, rows, blocks) -> None:
         """Out = P . V / L, 32 rows and 32 channels at a time."""
         pitch = w.P.shape[1] * _WORD
         with T.serial(blocks) as block, T.serial(self.strips) as strip:
@@ -478,7 +463,7 @@ class TileTask:
                     row = block * BLOCK + side * SIDE
                     load_tile(tile, w.P[row, group * SIDE], pitch)
                 for side, tile in enumerate(RIGHT):
-                    values = packed.V[h2, slot + group, strip * 2 + side, 0, 0]
+                    values = V[h2, slot + group, strip * 2 + side, 0, 0]
                     load_tile(tile, values, x86_amx.ROW_BYTES)
                 multiply_tiles()
             for tile in range(4):
@@ -593,7 +578,8 @@ def _attending(task: TileTask):
     @TS.inline
     def attend(
         w,
-        packed,
+        K,
+        V,
         X,
         Mask,
         Forced,
@@ -615,14 +601,14 @@ def _attending(task: TileTask):
             task.stage_mask(w, Mask, t0, rows, keys)
         task.find_live(w, rows, keys)
         task.load_queries(w, X, q0 + t0, rows, h2)
-        task.score_groups(w, X, packed, q0 + t0, h2, slot, rows, keys, blocks)
+        task.score_groups(w, X, K, q0 + t0, h2, slot, rows, keys, blocks)
         task.find_tops(w, blocks)
         if has_mask and not p.zero_masked_rows:
             task.uncover(w, blocks, keys)
         if wants_weights:
             task.weigh(w, blocks, X, Out, q0 + t0, h2, ahead)
         if wants_out:
-            task.multiply_values(w, packed, Out, h2, slot, q0 + t0, rows, blocks)
+            task.multiply_values(w, V, Out, h2, slot, q0 + t0, rows, blocks)
         if wants_max or wants_sum:
             for m in range(rows * G):
                 write_softmax(
@@ -637,9 +623,8 @@ def _attending(task: TileTask):
 
 
 def _prefetch(buffer: Buffer, index: list[Expr], size: int, how: tuple[int, ...]) -> None:
-    """Ask for a row."""
-    item = _WORD if str(buffer.dtype) == "float32" else _HALF
-    for first in range(0, size, x86_amx.ROW_BYTES // item):
+    """Ask for a row of bfloat16."""
+    for first in range(0, size, x86_amx.ROW_BYTES // _HALF):
         address = tir.address_of(buffer[(*index, first)])
         T.evaluate(tir.call_intrin("void", "tirx.prefetch", address, *how))
 

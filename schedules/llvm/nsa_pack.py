@@ -8,8 +8,8 @@ from .nsa_tile import Task
 
 
 def packing(task: Task):
-    """An inline ``pack_slot(packed, Keys, Values, h2, first, slot, row, count)``: slot ``slot``, of
-    L keys, from ``count`` packed rows at ``row``; ``first`` is the first slot of the sequence.
+    """An inline ``pack_slot(K, V, Keys, Values, h2, slot, row, count)``: key slot ``slot``, of L
+    keys, from ``count`` packed rows at ``row``.
 
     K [h2][slot * L + key][channel] and V [h2][panel][pair of keys][channel of the panel] hold
     factors: float32, or pairs of bfloat16 along the channels of K and along the keys of V. Keys
@@ -34,8 +34,7 @@ def packing(task: Task):
         return bits(row) | second << T.uint32(16)
 
     @T.inline
-    def pack_slot(packed, Keys, Values, h2, first, slot, row, count):
-        K, V = T.meta_var(packed.K), T.meta_var(packed.V)
+    def pack_slot(K, V, Keys, Values, h2, slot, row, count):
         for i in range(count):
             for part in range(whole // L):
                 K[h2, slot * L + i, T.ramp(part * L, 1, L)] = pairs(

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
+from tvm.tirx import Buffer
 from tvm.tirx.script.builder import ir
 
 from ..intrin import x86_bf16
@@ -51,19 +52,14 @@ class VectorTask(Task):
         """After them."""
         self.stream.end()
 
-    def allocate_packed(self, key_tokens: Expr, sequences: Expr) -> SimpleNamespace:
+    def allocate_packed(self, key_tokens: Expr, sequences: Expr) -> tuple[Buffer, Buffer]:
         """K and V of ``pack``."""
         t, N2 = self.tiles, self.problem.key_heads
         rows = slots(key_tokens, sequences, t.lanes) * t.lanes
         # Tiles of scores read up to a whole group of keys, and do not use the rest.
         K = ir.alloc_buffer((N2, rows + t.group, self.channels), self.factor)
         V = ir.alloc_buffer((N2, self.panels, rows // self.step, t.panel), self.factor)
-        return SimpleNamespace(K=K, V=V)
-
-    measures = False
-
-    def measure(self, packed, Values, h2, first, row, count) -> None:
-        """Before ``pack``, where ``measures``."""
+        return K, V
 
     def pack(self):
         return packing(self)
@@ -107,7 +103,7 @@ def most_groups(task: Task, key_tokens: Expr) -> Expr:
 
 
 def _attending(task: Task):
-    """An inline ``attend(w, packed, X, Mask, Forced, Max, Sum, Out, Indices, h2, slot, q0, length,
+    """An inline ``attend(w, K, V, X, Mask, Forced, Max, Sum, Out, Indices, h2, slot, q0, length,
     t0, rows, keys, ahead)``: ``rows`` query rows from t0 on of the sequence that has ``length`` of
     them from packed row q0 on, and ``keys`` keys from ``slot`` on; all heads of key head h2.
 
@@ -275,7 +271,8 @@ def _attending(task: Task):
     @T.inline
     def attend(
         w,
-        packed,
+        K,
+        V,
         X,
         Mask,
         Forced,
@@ -297,7 +294,7 @@ def _attending(task: Task):
         find_live(w.live, w.last, w.hide, w.some, keys)
         load_queries(w.Q, X, q0 + t0, rows, h2)
         score_groups(
-            w.Q, packed.K, w.S, w.top, w.caps, w.live, Mask, h2, slot * L, t0, rows, w.last[0], keys
+            w.Q, K, w.S, w.top, w.caps, w.live, Mask, h2, slot * L, t0, rows, w.last[0], keys
         )
         if has_mask and not p.zero_masked_rows:
             uncover(w.S, w.top, w.live, w.last, keys)
@@ -321,7 +318,7 @@ def _attending(task: Task):
                             if chunk == 0:
                                 fetch_queries(X, q0 + t0 + ahead, h2, block, panel)
                             value_tile(
-                                w.E, packed.V, w.O, Out, w.inverse, w.runs, w.count[0], h2,
+                                w.E, V, w.O, Out, w.inverse, w.runs, w.count[0], h2,
                                 slot * (L // STEP), panel, block, first * GROUP,
                                 end == groups, q0 + t0, rows,
                             )  # fmt: skip

@@ -120,39 +120,26 @@ def exp2_nonpositive(x: Expr) -> Expr:
     return tir.Select(x < float32(-126, x), float32(0, x), value)
 
 
-def exp2_weight(x: Expr, unit: VectorUnit, degree: int = 5, peak: float = 1.0) -> Expr:
-    """peak * 2**x of a float32 vector x <= 0 (with AVX-512 x <= 127), relative error below 3e-7
-    (degree 4: 3e-6); 0 for minus infinity.
+def exp2_weight(x: Expr, unit: VectorUnit, degree: int = 5) -> Expr:
+    """2**x of a float32 vector x <= 0 (with AVX-512 x <= 127), relative error below 3e-7 (degree 4:
+    3e-6); 0 for minus infinity.
 
     ``exp2_nonpositive`` in fewer instructions where the target has AVX-512: one leaves what
     exceeds the integer below, one multiplies by the power of that integer.
     """
     if unit.lanes != 16:
-        value = exp2_nonpositive(x)
-        return value if peak == 1 else value * float32(peak, x)
-    down_quiet = tir.const(9, "int32")
-    r = T.Bind(_avx512("reduce.ps", x, down_quiet, x))
-    value = _horner([c * peak for c in _WEIGHT[degree]], r) * r + float32(peak, x)
-    return scale_by_power(value, x)
-
-
-def scale_by_power(x: Expr, power: Expr) -> Expr:
-    """x * 2**floor(power) of float32x16 (AVX-512), exact where the result is a normal number; NaN
-    where either is.
-    """
-    return _avx512("scalef.ps", x, power, x)
-
-
-def nearest_int32(x: Expr) -> Expr:
-    """float32x16 to the nearest int32x16 (AVX-512), ties to even; -2**31 beyond them and of NaN."""
-    return _avx512("cvtps2dq", x, tir.Broadcast(tir.const(0, "int32"), 16), dtype="int32x16")
-
-
-def _avx512(name: str, x: Expr, *rest: Expr, dtype: str = "float32x16") -> Expr:
-    """A masked AVX-512 instruction on all lanes of a register, in the current rounding mode."""
+        return exp2_nonpositive(x)
     every, current = tir.const(-1, "int16"), tir.const(4, "int32")
-    function = f"llvm.x86.avx512.mask.{name}.512"
-    return tir.call_llvm_pure_intrin(dtype, function, x, *rest, every, current)
+    down_quiet = tir.const(9, "int32")
+    r = T.Bind(_avx512("reduce", x, down_quiet, x, every, current))
+    value = _horner(_WEIGHT[degree], r) * r + float32(1, x)
+    return _avx512("scalef", value, x, x, every, current)
+
+
+def _avx512(name: str, x: Expr, *rest: Expr) -> Expr:
+    """A masked AVX-512 instruction on a register of float32."""
+    function = f"llvm.x86.avx512.mask.{name}.ps.512"
+    return tir.call_llvm_pure_intrin("float32x16", function, x, *rest)
 
 
 def is_nan(x: Expr) -> Expr:
