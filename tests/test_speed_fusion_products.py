@@ -61,7 +61,7 @@ def test_bfloat16_multiplies_matrix_tiles():
     for block in products:
         dots, loads = (block.count(f"\t{name}\t") for name in ("tdpbf16ps", "tileloadd"))
         assert dots % 4 == 0
-        assert 4 * loads <= 5 * dots  # sums of the output besides, once for 128 keys
+        assert 4 * loads <= 6 * dots  # sums of the output besides, once for 64 keys
     text = "\n".join(texts)
     assert "\tldtilecfg\t" in text
     assert "\ttilerelease" in text

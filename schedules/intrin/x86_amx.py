@@ -4,6 +4,9 @@ whole tiles.
 A thread sets the shape of its tiles with `configure` and gives them up with `release`. Linux lends
 them to a process that asks: ``permitted`` does so, once. Both sit in functions given as LLVM text
 (`SOURCE`): a kernel that uses them begins with a statement under ``T.attr(0, IMPORT, SOURCE)``.
+
+So do two functions for vectors of AVX-512 beside tiles, `hidden` and `upper_halves`, which keep
+LLVM from rewriting plain instructions as dearer ones.
 """
 
 from __future__ import annotations
@@ -61,6 +64,19 @@ define internal i32 @opferry_amx_configure(i64 %rows_of_tiles) alwaysinline {
   store i64 %rows_of_tiles, ptr %heights
   call void @llvm.x86.ldtilecfg(ptr %block)
   ret i32 0
+}
+
+define internal <16 x float> @opferry_hidden(<16 x float> %x) alwaysinline {
+  %r = call <16 x float> asm "", "=v,0"(<16 x float> %x)
+  ret <16 x float> %r
+}
+
+define internal <16 x i32> @opferry_upper_halves(<16 x i32> %a, <16 x i32> %b) alwaysinline {
+  %shifted = lshr <16 x i32> %a, splat (i32 16)
+  %low = call <16 x i32> asm "", "=v,0"(<16 x i32> %shifted)
+  %high = and <16 x i32> %b, splat (i32 -65536)
+  %r = or <16 x i32> %low, %high
+  ret <16 x i32> %r
 }
 """
 
@@ -126,6 +142,23 @@ def multiply_bf16(c: int, a: int, b: int) -> Expr:
     as zero.
     """
     return _tile("tdpbf16ps", _number(c), _number(a), _number(b))
+
+
+def hidden(x: Expr) -> Expr:
+    """float32x16 ``x``, of which LLVM does not see where it comes from.
+
+    It makes the store of what was selected of a load from the same place a masked store and a
+    masked load, with a comparison for each.
+    """
+    return tir.call_pure_extern("float32x16", "opferry_hidden", x)
+
+
+def upper_halves(a: Expr, b: Expr) -> Expr:
+    """uint32x16: the upper halves of the lanes of ``a`` below those of ``b``.
+
+    A shift and a bitwise choice; LLVM takes a permutation of three micro-operations.
+    """
+    return tir.call_pure_extern("uint32x16", "opferry_upper_halves", a, b)
 
 
 def _tile(name: str, *operands: Expr) -> Expr:

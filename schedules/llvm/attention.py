@@ -41,8 +41,9 @@ from ..dimensions import own_dimensions
 from ..intrin import barrier, bits, x86_amx, x86_bf16
 from .attention_amx import TileTask
 from .attention_bf16 import PairTile
+from .attention_operands import HALF_BYTES
 from .attention_row import RowTile
-from .attention_split import SplitTask, may_refuse, splits
+from .attention_split import TERMS, SplitTask, may_refuse, splits
 from .attention_task import opaque
 from .attention_tile import Tile
 from .vector import VectorUnit, vector_unit
@@ -68,6 +69,8 @@ class AttentionConfig:
     """Steps of a product's reduction in the body of its loop."""
     few: int
     """Up to this many rows a task goes row by row."""
+    staged_tiles: int = 1
+    """Tiles of C keys that are made ready together where matrix tiles multiply them."""
     heads: int = 1
     """H, heads that a task takes when it goes row by row: a divisor of N1 / N2."""
     row_sums: int = 8
@@ -143,12 +146,22 @@ SPLIT_TASKS = 24
 """The same where elements are split into terms: fewer, for each splits the keys and values."""
 
 
+STAGED_BYTES = 3 << 17
+"""Of keys and values that are made ready together, at most: a part of a second-level cache."""
+
+
 def _tile_config(problem: AttentionProblem, config: AttentionConfig) -> AttentionConfig:
-    """More groups where matrix tiles multiply: what stages keys and values is then a larger part.
-    Terms fill the first-level cache with the keys of half a tile.
+    """Where matrix tiles multiply, what makes keys and values ready is a larger part: a task has
+    more groups. The first-level cache holds what a tile of keys works on.
+
+    A row of a bias or a mask is then read in short pieces. If all groups of a task came between two
+    of them, so would lines of as many pages as the task has rows, which fall into few sets of the
+    second-level cache: with many tiles made ready together a group reads on in its rows.
     """
     split = problem.dtype != "bfloat16"
-    config = replace(config, vectors=2, unroll=4, keys=min(config.keys, 64 if split else 128))
+    small = split or problem.D <= 64
+    keys = min(config.keys, 64 if small else 128)
+    config = replace(config, vectors=2, unroll=4, keys=keys)
     groups = (16 if split else 8) // (1 if problem.D <= 256 else 2)
     tasks = SPLIT_TASKS if split else WIDE_TASKS
     sequences = 1 if problem.layout == "TND" else problem.B
@@ -158,7 +171,12 @@ def _tile_config(problem: AttentionProblem, config: AttentionConfig) -> Attentio
         rows = sequences * problem.N1 * problem.S1
         while groups > 2 and rows < tasks * groups * config.width:
             groups //= 2
-    return replace(config, groups=groups)
+    by_pair = problem.pse == "rows" or problem.mask
+    tiles = 1
+    if groups > 2 and (by_pair or (not split and small)):
+        key_bytes = 2 * problem.D * (TERMS[problem.dtype] if split else 1) * HALF_BYTES
+        tiles = 1 << max((STAGED_BYTES // (key_bytes * keys)).bit_length() - 1, 0)
+    return replace(config, groups=groups, staged_tiles=tiles)
 
 
 OPERATOR = "SpeedFusionAttention"

@@ -1,13 +1,7 @@
 """A task of the fused attention kernel on matrix tiles of bfloat16 (AMX).
 
 Both products give their result with query rows as columns, as the vectors have them: scores are
-keys times queries, the output is transposed values times weights. So a tile of keys is loaded where
-it lies, 16 keys of 32 elements; queries and weights are pairs of what is summed over, one row of
-them for 32 query rows; and only the values are transposed, once per tile of keys for all groups.
-
-Buffers, with D rounded up to E, a multiple of 32: queries uint32 [groups * E/2][W]; weights uint32
-[C/2][W]; values uint32 [C/32 * E][16], pairs of keys; where keys cannot be loaded in place, a copy
-uint16 [C][E]. Blocks of 32 keys beyond the last repeat it, with weight 0.
+keys times queries, the output is transposed values times weights (``attention_operands``).
 
 The weights of a row are powers of two of its scores above a reference. It follows the maximum only
 when that is `slack` above it, since everything so far must then be multiplied.
@@ -16,7 +10,7 @@ when that is `slack` above it, since everything so far must then be multiplied.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
+from itertools import cycle, product
 
 import tvm.tirx as tir
 from tvm.ir import Expr
@@ -24,18 +18,13 @@ from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
 from ..intrin import x86_amx
-from .attention_bf16 import PairTile
-from .transpose import transpose_square
-from .vector import LOG2E, exp2_weight, float32, load_lanes, max_lanes, ramp
+from .attention_operands import BLOCK, HALF_BYTES, SIDE, OperandTask
+from .attention_task import opaque
+from .vector import LOG2E, constant, exp2_weight, float32, load_lanes, max_lanes, ramp
 
-SIDE = x86_amx.ROWS
-"""Rows and columns of a tile of float32, pairs of bfloat16 in a row."""
-BLOCK = 2 * SIDE
-"""Keys, query rows, elements of D of a product: two tiles each way."""
 SLACK = 8.0
 """In units of ln 2: where weights of 2**8 do not matter."""
-_WORD, _HALF = 4, 2
-"""Bytes."""
+_WORD_BYTES = 4
 LEFT, RIGHT = (4, 5), (6, 7)
 """Tiles of what is multiplied; tiles 0 to 3 hold the sums, row by row."""
 Products = tuple[tuple[int, int], ...]
@@ -50,25 +39,11 @@ SCORE_PRODUCTS: dict[int, Products] = OUTPUT_PRODUCTS | {2: ((1, 1), (1, 0), (0,
 """Scores are as exact as float32 whatever the type is."""
 
 
-class TileTask(PairTile):
-    @property
-    def terms(self) -> int:
-        """Numbers of bfloat16 that an element is the sum of."""
-        return 1
-
+class TileTask(OperandTask):
     @property
     def slack(self) -> float:
         """What a score may exceed the reference by, in units of ln 2."""
         return SLACK
-
-    @property
-    def depth(self) -> int:
-        """E"""
-        return -(-self.problem.D // BLOCK) * BLOCK
-
-    @property
-    def query_rows(self) -> int:
-        return self.depth // 2
 
     @property
     def unscaled(self) -> bool:
@@ -81,8 +56,10 @@ class TileTask(PairTile):
         return self.problem.scale * LOG2E if self.unscaled else super().score_unit
 
     @property
-    def keys_in_place(self) -> bool:
-        return self.problem.D % BLOCK == 0
+    def only_dropped(self) -> bool:
+        """What the mask allows is as the product leaves it."""
+        p = self.problem
+        return p.mask and p.band is None and self.unscaled and self.words_end_steps
 
     @property
     def bias_keys(self) -> int:
@@ -98,39 +75,6 @@ class TileTask(PairTile):
     def _allocate(self) -> None:
         super()._allocate()
         self.reference = T.alloc_buffer((self.config.rows,))
-
-    def _allocate_operands(self) -> None:
-        c, terms = self.config, self.terms
-        query_rows, value_rows = c.groups * self.query_rows, c.keys // BLOCK * self.depth
-        self.queries = T.alloc_buffer((terms * query_rows, c.width), "uint32")
-        self.key_tile = T.alloc_buffer((terms * c.keys, self.depth), "uint16")
-        if self.wants_output:
-            self.weights = T.alloc_buffer((terms * c.keys // 2, c.width), "uint32")
-            self.value_tile = T.alloc_buffer((terms * value_rows, SIDE), "uint32")
-
-    def _query_row(self, term: int, group: Expr) -> Expr:
-        """First row of a group's queries."""
-        return (term * self.config.groups + group) * self.query_rows
-
-    def _key_tile_row(self, term: int, block: Expr) -> Expr:
-        """First row of a block's keys."""
-        return term * self.config.keys + block * BLOCK
-
-    def _value_row(self, term: int, block: Expr) -> Expr:
-        """First row of a block's values."""
-        return (term * (self.config.keys // BLOCK) + block) * self.depth
-
-    def _weight_row(self, term: int, block: Expr | int) -> Expr | int:
-        """First row of a block's weights."""
-        return term * self.config.keys // 2 + block * SIDE
-
-    def _load_queries(self) -> None:
-        super()._load_queries()
-        c, rest = self.config, self.query_rows - self.pairs
-        if rest:
-            with T.serial(self.groups) as group, T.serial(rest) as d, T.vectorized(c.width) as r:
-                index = [group * self.query_rows + self.pairs + d, r]
-                T.buffer_store(self.queries, tir.const(0, "uint32"), index)
 
     def _clear(self) -> None:
         super()._clear()
@@ -155,6 +99,9 @@ class TileTask(PairTile):
     # -- one tile of keys ---------------------------------------------------------------------
 
     def _key_tile(self, j0: Expr, count: Expr) -> None:
+        """Group by group, ``keys`` of the staged keys at a time: their rows of a bias or a mask are
+        read in one go.
+        """
         p, c = self.problem, self.config
         self._stage(j0, count)
         with T.serial(self.groups) as group:
@@ -162,125 +109,81 @@ class TileTask(PairTile):
             first_row = self.i0 + r0
             last_row = tir.min(first_row + (c.width - 1), self.at.S1 - 1)
             any_, all_ = self.interval(first_row, last_row), self.interval(last_row, first_row)
-            reach = T.Bind(tir.min(count, any_.last + 1 - j0))
-            with T.If(tir.all(any_.first < j0 + count, reach > 0)), T.Then():
-                if not p.mask:
-                    self._rows(group, r0, j0, reach, all_, none_dropped=None)
-                else:
-                    some_dropped, all_dropped = self._stage_mask(r0, j0, reach)
-                    with T.If(tir.Not(all_dropped)), T.Then():
-                        self._rows(group, r0, j0, reach, all_, tir.Not(some_dropped))
+            seen = T.Bind(tir.min(count, any_.last + 1 - j0))
+            tiles = T.Bind((seen + (c.keys - 1)) // c.keys)
+            with T.serial(tiles) as tile:
+                first = T.Bind(j0 + tile * c.keys)
+                reach = T.Bind(tir.min(seen - tile * c.keys, c.keys))
+                self._look_ahead(group, j0, tile, tiles)
+                with T.If(any_.first < first + reach), T.Then():
+                    place = group, r0, first, T.Bind(tile * (c.keys // BLOCK)), reach
+                    if not p.mask:
+                        self._rows(*place, all_, none_dropped=None)
+                    else:
+                        some_dropped, all_dropped = self._stage_mask(r0, first, reach)
+                        with T.If(tir.Not(all_dropped)), T.Then():
+                            self._rows(*place, all_, tir.Not(some_dropped))
+
+    def _look_ahead(self, group: Expr, j0: Expr, tile: Expr, tiles: Expr) -> None:
+        """coming: first row and key of the tile after this one."""
+        c = self.config
+        same_rows, same_keys = tile + 1 < tiles, group + 1 < self.groups
+        r = tir.Select(same_rows, group, tir.Select(same_keys, group + 1, 0)) * c.width
+        keys = tir.Select(same_keys, 0, self.staged_keys)
+        j = j0 + tir.Select(same_rows, (tile + 1) * c.keys, keys)
+        self.coming = opaque("int32", [r, j]) if self.problem.pse == "rows" else None
+
+    def _ask_for_half(self, turn: Expr, turns: int, half: int) -> None:
+        """What a coming tile reads from memory is asked for in both halves of this one, while
+        scores are multiplied and while weights are taken.
+        """
+        if self.coming:
+            rows = self.config.width // 2
+            self._ask_ahead(*self.coming, turn, turns, range(half * rows, (half + 1) * rows))
 
     def _rows(
         self,
         group: Expr,
         r0: Expr,
         j0: Expr,
+        staged: Expr,
         reach: Expr,
         all_: attention.Interval,
         none_dropped: Expr | None,
     ) -> None:
-        """The first ``reach`` keys of a tile for one group of rows, all of which see ``all_``."""
+        """``reach`` keys, from the block ``staged`` of the staged ones on, for one group of rows,
+        all of which see ``all_``.
+        """
         blocks = T.Bind((reach + (BLOCK - 1)) // BLOCK)
         tops = T.alloc_buffer((self.config.unroll, self.config.width), scope="local")
         for k in range(self.config.unroll):
             self._fill(tops, k, lambda r: float32(attention.EMPTY_ROW_MAX))
         with T.serial(blocks) as block:
             first = T.Bind(j0 + block * BLOCK)
-            self._multiply_block(group, block, first)
-            if self.problem.pse in ("rows", "packed"):
-                self._stage_bias(r0, first, tir.min(reach - block * BLOCK, BLOCK))
+            self._multiply_block(group, block, staged + block, first)
+            settle = tops, r0, j0, block
             plain = tir.all(all_.first <= first, all_.last >= first + (BLOCK - 1))
             if none_dropped is not None:
                 plain = tir.all(plain, none_dropped)
             with T.If(plain):
                 with T.Then():
-                    self._settle(tops, r0, j0, block, masked=False)
+                    if self.problem.pse == "rows":
+                        self._settle_biased(*settle)
+                    else:
+                        self._settle(*settle, masked=False)
                 with T.Else():
-                    self._settle(tops, r0, j0, block, masked=True)
+                    if self.only_dropped:
+                        self._settle_dropped(*settle)
+                    else:
+                        self._settle(*settle, masked=True)
         self._follow(tops, group, r0)
         self._weigh(r0, j0, blocks * BLOCK)
         if self.wants_output:
-            self._add_values(group, blocks)
-
-    def _stage(self, j0: Expr, count: Expr) -> None:
-        blocks = (count + (BLOCK - 1)) // BLOCK
-        with T.serial(blocks) as block:
-            first = T.Bind(j0 + block * BLOCK)
-            if not self.keys_in_place:
-                self._stage_keys(block, first)
-            else:
-                with T.If(first + BLOCK > self.at.S2), T.Then():
-                    self._stage_keys(block, first)
-            if self.wants_output:
-                rows = T.alloc_buffer((BLOCK,), "int64", scope="local")
-                with T.serial(BLOCK) as k:
-                    T.buffer_store(rows, self._key_row(first + k), [k])
-                if self.problem.D < BLOCK:
-                    self._stage_value_elements(block, rows)
-                else:
-                    self._stage_value_strips(block, rows)
-
-    def _key_row(self, j: Expr) -> Expr:
-        """Row of key j, the last one's beyond it."""
-        return (self.at.key_start + tir.min(j, self.at.S2 - 1)).astype("int64")
-
-    def _stage_keys(self, block: Expr, first: Expr) -> None:
-        """key_tile[block * 32 + k] = key first + k, continued by 0."""
-        p, L = self.problem, self.config.lanes
-        with T.serial(BLOCK) as k:
-            row = T.Bind(self._key_row(first + k))
-
-            def store(d: Expr, row: Expr = row, k: Expr = k) -> None:
-                index = attention.element(p.layout, p.D, self.at.b, self.g, row, d)
-                bits = tir.reinterpret("uint16", self.buffers["key"][tuple(index)])
-                T.buffer_store(self.key_tile, bits, [block * BLOCK + k, d])
-
-            with T.serial(p.D // L) as strip, T.vectorized(L) as v:
-                store(strip * L + v)
-            with T.serial(p.D % L) as tail:
-                store(p.D // L * L + tail)
-            with T.serial(self.depth - p.D) as d:
-                index = [block * BLOCK + k, p.D + d]
-                T.buffer_store(self.key_tile, tir.const(0, "uint16"), index)
-
-    def _stage_value_elements(self, block: Expr, rows: tir.Buffer) -> None:
-        with T.serial(self.problem.D) as d, T.serial(SIDE) as pair:
-            low, high = (self._bits("value", self.g, rows[2 * pair + k], d) for k in range(2))
-            word = low | high << tir.const(16, "uint32")
-            T.buffer_store(self.value_tile, word, [block * self.depth + d, pair])
-
-    def _stage_value_strips(self, block: Expr, rows: tir.Buffer) -> None:
-        """value_tile[block * E + d][k] = element d of value rows 2k and 2k + 1.
-
-        32 elements at a time: those of even and of odd d are two square blocks of pairs, which are
-        transposed in registers. A last partial strip is moved back over the one before it.
-        """
-        p, at, L = self.problem, self.at, self.config.lanes
-        low, high = (tir.Broadcast(tir.const(x, "uint32"), L) for x in (0xFFFF, 0xFFFF0000))
-        half = tir.Broadcast(tir.const(16, "uint32"), L)
-        with T.serial(-(-p.D // BLOCK)) as strip:
-            first = T.Bind(tir.min(strip * BLOCK, p.D - BLOCK))
-
-            def words(row: Expr, first: Expr = first) -> Expr:
-                index = attention.element(p.layout, p.D, at.b, self.g, row, first)
-                elements = load_lanes(self.buffers["value"], index, BLOCK)
-                return tir.reinterpret(f"uint32x{L}", tir.reinterpret(f"uint16x{BLOCK}", elements))
-
-            for odd in range(2):
-                square = T.alloc_buffer((L, L), "uint32", scope="local")
-                for k in range(L):
-                    a, b = (T.Bind(words(rows[2 * k + second])) for second in range(2))
-                    pair = (a >> half) | (b & high) if odd else (a & low) | (b << half)
-                    T.buffer_store(square, pair, [k, ramp(0, L)])
-                transpose_square(square, L)
-                for k in range(L):
-                    index = [block * self.depth + first + (2 * k + odd), ramp(0, L)]
-                    T.buffer_store(self.value_tile, load_lanes(square, [k, 0], L), index)
+            self._add_values(group, blocks, staged)
 
     # -- scores -------------------------------------------------------------------------------
 
-    def _multiply_block(self, group: Expr, block: Expr, first: Expr) -> None:
+    def _multiply_block(self, group: Expr, block: Expr, slot: Expr, first: Expr) -> None:
         """scores[j][r] = key j . query r for the keys of a block."""
         p, c = self.problem, self.config
         side = SIDE
@@ -293,10 +196,12 @@ class TileTask(PairTile):
             return self.buffers["key"][tuple(index)]
 
         def staged(term: int, row: int, d: Expr) -> Expr:
-            return self.key_tile[self._key_tile_row(term, block) + row, d]
+            return self.key_tile[self._key_tile_row(term, slot) + row, d]
 
         def multiply(key: Callable[[int, int, Expr], Expr], stride: Expr | int) -> None:
-            with T.serial(self.depth // BLOCK) as strip:
+            strips = self.depth // BLOCK
+            with T.serial(strips) as strip:
+                self._ask_for_half(block * strips + strip, c.keys // BLOCK * strips, half=0)
 
                 def load_keys(term: int) -> None:
                     for i, tile in enumerate(LEFT):
@@ -305,7 +210,7 @@ class TileTask(PairTile):
                 def load_queries(term: int) -> None:
                     row = self._query_row(term, group) + strip * side
                     for j, tile in enumerate(RIGHT):
-                        load_tile(tile, self.queries[row, side * j], c.width * _WORD)
+                        load_tile(tile, self.queries[row, side * j], c.width * _WORD_BYTES)
 
                 multiply_terms(SCORE_PRODUCTS[self.terms], load_keys, load_queries)
 
@@ -314,26 +219,20 @@ class TileTask(PairTile):
                 with T.Then():
                     multiply(in_place, self._key_stride())
                 with T.Else():
-                    multiply(staged, self.depth * _HALF)
+                    multiply(staged, self.depth * HALF_BYTES)
         else:
-            multiply(staged, self.depth * _HALF)
+            multiply(staged, self.depth * HALF_BYTES)
         for tile in range(4):
             score = self.scores[block * BLOCK + side * (tile // 2), side * (tile % 2)]
-            store_tile(tile, score, c.width * _WORD)
-
-    def _key_stride(self) -> Expr:
-        """Bytes from one key to the next."""
-        p, key = self.problem, self.buffers["key"]
-        heads = 1 if p.layout == "BNSD" else p.N2
-        batch = key.shape[1] if p.layout == "SBH" else tir.const(1, "int64")
-        return batch.astype("int64") * tir.const(heads * p.D * _HALF, "int64")
+            store_tile(tile, score, c.width * _WORD_BYTES)
 
     def _settle(self, tops: tir.Buffer, r0: Expr, j0: Expr, block: Expr, masked: bool) -> None:
         """Scores of a block in their final form, and their maxima by ``unroll`` keys in flight."""
         c = self.config
-        steps = BLOCK // c.unroll
-        with T.serial(steps) as step:
-            self._ask_ahead(r0, j0, block * steps + step)
+        if self.problem.pse in ("rows", "packed"):
+            first = T.Bind(j0 + block * BLOCK)
+            self._stage_bias(r0, first, T.Bind(tir.min(self.at.S2 - first, BLOCK)))
+        with T.serial(BLOCK // c.unroll) as step:
             for k in range(c.unroll):
                 key = T.Bind(block * BLOCK + step * c.unroll + k)
                 j = T.Bind(j0 + key)
@@ -350,6 +249,46 @@ class TileTask(PairTile):
                         if masked or not self.unscaled:
                             T.buffer_store(self.scores, x, [key, r])
                         T.buffer_store(tops, tir.max(tops[k, r], x), [k, r])
+
+    def _settle_biased(self, tops: tir.Buffer, r0: Expr, j0: Expr, block: Expr) -> None:
+        """As `_settle` of what no mask drops, with a bias that is added where it is transposed."""
+        c, L = self.config, self.config.lanes
+        turns = cycle(range(c.unroll))
+
+        def take(key: int, u: int, bias: Expr) -> None:
+            index, lanes = block * BLOCK + key, ramp(u * L, L)
+            x = T.Bind(self.score(tir.BufferLoad(self.scores, [index, lanes]), bias))
+            T.buffer_store(self.scores, x, [index, lanes])
+            self._raise(tops, next(turns), lanes, x)
+
+        for strip in range(0, BLOCK, self.bias_strip):
+            for u in range(c.vectors):
+                self._each_bias(r0, j0 + block * BLOCK, strip, u, take)
+
+    def _settle_dropped(self, tops: tir.Buffer, r0: Expr, j0: Expr, block: Expr) -> None:
+        """As `_settle` of what nothing but the mask drops."""
+        c, L = self.config, self.config.lanes
+        words = T.alloc_buffer((c.vectors, L), "uint32", scope="local")
+        for u in range(c.vectors):
+            found = load_lanes(self.dropped_bits, [block, u * L], L)
+            T.buffer_store(words, found, [u, ramp(0, L)])
+        with T.serial(BLOCK // c.unroll) as step:
+            for k, u in product(range(c.unroll), range(c.vectors)):
+                index, lanes = block * BLOCK + step * c.unroll + k, ramp(u * L, L)
+                word = load_lanes(words, [u, 0], L)
+                dropped = (word & constant(1 << k, "uint32", word)) != constant(0, "uint32", word)
+                x = tir.BufferLoad(self.scores, [index, lanes])
+                x = tir.Select(dropped, float32(float("-inf"), x), x)
+                x = T.Bind(x86_amx.hidden(x))
+                T.buffer_store(self.scores, x, [index, lanes])
+                self._raise(tops, k, lanes, x)
+            for u in range(c.vectors):
+                word = load_lanes(words, [u, 0], L)
+                left = word >> constant(c.unroll, "uint32", word)
+                T.buffer_store(words, left, [u, ramp(0, L)])
+
+    def _raise(self, tops: tir.Buffer, k: int, lanes: Expr, x: Expr) -> None:
+        T.buffer_store(tops, tir.max(tir.BufferLoad(tops, [k, lanes]), x), [k, lanes])
 
     # -- weights and output -------------------------------------------------------------------
 
@@ -402,7 +341,7 @@ class TileTask(PairTile):
         def weight(j: Expr, u: int) -> Expr:
             x = load_lanes(self.scores, [j, u * L], L)
             x = T.Bind(self.in_ln2(x - references[u]))
-            w = T.Bind(exp2_weight(x, self.unit, self.degree))
+            w = T.Bind(exp2_weight(x, self.unit, self.weight_degree))
             T.buffer_store(total, load_lanes(total, [u, 0], L) + w, [u, ramp(0, L)])
             return w if draws is None else T.Bind(w * load_lanes(self.kept, [j, u * L], L))
 
@@ -412,13 +351,16 @@ class TileTask(PairTile):
             value = tir.BufferLoad(self.sum, index) + load_lanes(total, [u, 0], L)
             T.buffer_store(self.sum, value, index)
 
+    def _before_pair(self, pair: Expr) -> None:
+        self._ask_for_half(pair, self.config.keys // 2, half=1)
+
     def _rounded(self, first: Expr, second: Expr) -> Expr:
         return round_pairs_up(first, second)
 
-    def _add_values(self, group: Expr, blocks: Expr) -> None:
+    def _add_values(self, group: Expr, blocks: Expr, staged: Expr) -> None:
         """output += values * weights, 32 elements of D at a time."""
         c, side = self.config, SIDE
-        stride = c.width * _WORD
+        stride = c.width * _WORD_BYTES
         with T.serial(self.depth // BLOCK) as strip:
 
             def sums(tile: int, strip: Expr = strip) -> Expr:
@@ -430,7 +372,7 @@ class TileTask(PairTile):
             with T.serial(blocks) as block:
 
                 def load_values(term: int, strip: Expr = strip, block: Expr = block) -> None:
-                    row = self._value_row(term, block) + strip * BLOCK
+                    row = self._value_row(term, staged + block) + strip * BLOCK
                     for i, tile in enumerate(LEFT):
                         load_tile(tile, self.value_tile[row + side * i, 0], x86_amx.ROW_BYTES)
 
@@ -450,11 +392,10 @@ def round_pairs_up(first: Expr, second: Expr) -> Expr:
     Ties go up: four plain instructions take less than the one that rounds two registers, and the
     one that puts its result in order.
     """
-    half, place, high = (
-        tir.Broadcast(tir.const(x, "uint32"), SIDE) for x in (0x8000, 16, 0xFFFF0000)
+    half = tir.Broadcast(tir.const(0x8000, "uint32"), SIDE)
+    return x86_amx.upper_halves(
+        *(tir.reinterpret(f"uint32x{SIDE}", x) + half for x in (first, second))
     )
-    low, up = (tir.reinterpret(f"uint32x{SIDE}", x) + half for x in (first, second))
-    return (low >> place) | (up & high)
 
 
 def load_tile(tile: int, element: Expr, pitch: Expr | int) -> None:

@@ -155,13 +155,19 @@ class PairTile(Tile):
 
     def _each_weight(self, count: Expr, weight: Callable[[Expr, int], Expr]) -> None:
         """Pairs of keys; the scores beyond an odd ``count`` are minus infinity."""
-        c = self.config
         with T.serial((count + 1) // 2) as pair:
-            for u in range(c.vectors):
+            self._before_pair(pair)
+            for u in range(self.config.vectors):
                 first, second = weight(2 * pair, u), weight(2 * pair + 1, u)
                 if self.wants_output:
-                    rounded = self._rounded(first, second)
-                    T.buffer_store(self.weights, rounded, [pair, ramp(u * c.lanes, c.lanes)])
+                    self._store_weights(pair, u, first, second)
+
+    def _before_pair(self, pair: Expr) -> None:
+        """What goes on beside the weights of a pair of keys."""
+
+    def _store_weights(self, pair: Expr, u: int, first: Expr, second: Expr) -> None:
+        L = self.config.lanes
+        T.buffer_store(self.weights, self._rounded(first, second), [pair, ramp(u * L, L)])
 
     def _rounded(self, first: Expr, second: Expr) -> Expr:
         """A register of pairs from two of float32."""

@@ -13,10 +13,11 @@ from tvm import DataType
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
+from ...relay_ops import attention
 from ..intrin import bits
 from .attention_task import Task
 from .transpose import transpose_square
-from .vector import float32, load_lanes, max_lanes, ramp
+from .vector import constant, float32, load_lanes, max_lanes, ramp, to_float32
 
 _LINE_BITS = 512
 _FOR_READING = (0, 3, 1)
@@ -42,23 +43,36 @@ class CellTask(Task):
         if self.drops:
             self.kept = T.alloc_buffer((c.keys + 6, c.width))
 
-    def _ask_ahead(self, r0: Expr, j0: Expr, step: Expr) -> None:
-        """Prefetch the bias of the next tile of keys: some rows in each step of ``unroll`` keys.
+    def _ask_ahead(self, r: Expr, j: Expr, turn: Expr, turns: int, part: range) -> None:
+        """Prefetch the bias of query rows i0 + r, ... and keys j, ... of a coming tile: in each of
+        ``turns`` turns a share of the lines of the rows ``part``.
 
-        Its W rows of C elements lie far apart, which hardware does not foresee. A line beyond the
-        tensor does no harm.
+        Its rows lie far apart, which hardware does not foresee. What lies beyond the tensor does no
+        harm.
         """
-        p, c = self.problem, self.config
-        if p.pse != "rows":
-            return
-        pse, line = self.buffers["pse"], _LINE_BITS // DataType(p.dtype).bits
-        rows = -(-c.width * c.unroll // c.keys)
-        with T.serial(rows) as row:
-            i = T.Bind(tir.min(self.i0 + r0 + step * rows + row, self.at.S1 - 1))
-            for first in range(0, c.keys, line):
-                element = pse[(*self._bias_plane(), i, j0 + (c.keys + first))]
-                address = tir.address_of(element)
-                T.evaluate(tir.call_intrin("void", "tirx.prefetch", address, *_FOR_READING))
+        p = self.problem
+        if p.pse == "rows":
+            pse, plane = self.buffers["pse"], self._bias_plane()
+            self._ask_for(pse, plane, r, j, turn, turns, part)
+
+    def _ask_for(
+        self,
+        tensor: tir.Buffer,
+        plane: list[attention.Index],
+        r: Expr,
+        j: Expr,
+        turn: Expr,
+        turns: int,
+        part: range,
+    ) -> None:
+        elements = _LINE_BITS // DataType(tensor.dtype).bits
+        lines = -(-self.config.keys // elements)
+        share = -(-len(part) * lines // turns)
+        for k in range(share):
+            line = turn * share + k
+            i = self.i0 + r + (part.start + line // lines)
+            address = tir.address_of(tensor[(*plane, i, j + line % lines * elements)])
+            T.evaluate(tir.call_intrin("void", "tirx.prefetch", address, *_FOR_READING))
 
     @property
     def words_end_steps(self) -> bool:
@@ -128,80 +142,71 @@ class CellTask(Task):
                     one_by_one()
         return word[0] | (every ^ _inside(first, count))
 
-    def _stage_bias(self, r0: Expr, j0: Expr, count: Expr) -> None:
-        """bias_tile[j][r] = pse of the pair as float32."""
-        c, at = self.config, self.at
-        if self.problem.pse == "rows":
-            if self.problem.dtype == "bfloat16" and c.keys % (2 * c.lanes) == 0:
-                self._stage_words(r0, j0, count)
-            else:
-                self._stage_pairs(self.bias_tile, r0, j0, count, self.bias_element)
-            return
-        with T.serial(c.width) as r:
-            i = T.Bind(tir.min(self.i0 + r0 + r, at.S1 - 1))
-            with T.serial(count) as j:
-                T.buffer_store(self.bias_tile, self.bias_element(i, j0 + j), [j, r])
-
-    def _stage_words(self, r0: Expr, j0: Expr, count: Expr) -> None:
-        """As `_stage_pairs`, for bfloat16: two keys are a word while they are transposed, so that
-        half as many registers are, and a cache line is read once.
+    @property
+    def _bias_in_words(self) -> bool:
+        """bfloat16 biases of two keys are a word while they are transposed, so that half as many
+        registers are, and a cache line is read once.
         """
-        c, L = self.config, self.config.lanes
-        pse, lead = self.buffers["pse"], self._bias_plane()
-        high = tir.Broadcast(tir.const(0xFFFF0000, "uint32"), L)
-        half = tir.Broadcast(tir.const(16, "uint32"), L)
-        with T.If(count < 2 * L):
-            with T.Then():
-                self._stage_pairs(self.bias_tile, r0, j0, count, self.bias_element)
-            with T.Else(), T.serial((count + (2 * L - 1)) // (2 * L)) as strip:
-                first = T.Bind(tir.min(strip * (2 * L), count - 2 * L))
-                with T.serial(c.vectors) as u:
-                    block = T.alloc_buffer((L, L), "uint32", scope="local")
-                    for r in range(L):
-                        i = tir.min(self.i0 + r0 + u * L + r, self.at.S1 - 1)
-                        found = load_lanes(pse, [*lead, i, j0 + first], 2 * L)
-                        words = tir.reinterpret(f"uint32x{L}", found)
-                        T.buffer_store(block, words, [r, ramp(0, L)])
-                    transpose_square(block, L)
-                    for k in range(L):
-                        words = T.Bind(load_lanes(block, [k, 0], L))
-                        for odd, bits in enumerate((words << half, words & high)):
-                            index = [first + (2 * k + odd), ramp(u * L, L)]
-                            value = tir.reinterpret(f"float32x{L}", bits)
-                            T.buffer_store(self.bias_tile, value, index)
+        return self.problem.dtype == "bfloat16" and self.config.keys % (2 * self.config.lanes) == 0
 
-    def _stage_pairs(
+    @property
+    def bias_strip(self) -> int:
+        """Keys of a row that are transposed together."""
+        return (2 if self._bias_in_words else 1) * self.config.lanes
+
+    def _stage_bias(self, r0: Expr, j0: Expr, count: Expr) -> None:
+        """bias_tile[j][r] = pse of the pair as float32; rows beyond S1 repeat the last. A last
+        partial strip of keys is moved back over the one before it.
+        """
+        c, at, L = self.config, self.at, self.config.lanes
+
+        def one_by_one() -> None:
+            with T.serial(c.width) as r:
+                i = T.Bind(tir.min(self.i0 + r0 + r, at.S1 - 1))
+                with T.serial(count) as j:
+                    T.buffer_store(self.bias_tile, self.bias_element(i, j0 + j), [j, r])
+
+        def store(key: Expr, u: Expr, bias: Expr) -> None:
+            T.buffer_store(self.bias_tile, bias, [key, ramp(u * L, L)])
+
+        if self.problem.pse != "rows":
+            one_by_one()
+            return
+        strip = self.bias_strip
+        with T.If(count < strip):
+            with T.Then():
+                one_by_one()
+            with T.Else(), T.serial((count + (strip - 1)) // strip) as k, T.serial(c.vectors) as u:
+                first = T.Bind(tir.min(k * strip, count - strip))
+                self._each_bias(r0, j0, first, u, store)
+
+    def _each_bias(
         self,
-        tile: tir.Buffer,
         r0: Expr,
         j0: Expr,
-        count: Expr,
-        source: Callable[[Expr, Expr], Expr],
+        first: Expr | int,
+        u: Expr | int,
+        take: Callable[[Expr, Expr | int, Expr], None],
     ) -> None:
-        """tile[j][r] = source(i, j) of W rows, in square blocks in registers; rows beyond S1 repeat
-        the last.
-
-        A last partial block is moved back over the one before it; fewer keys than lanes are
-        repeated.
-        """
-        c, at = self.config, self.at
-        L = c.lanes
-        last = count - 1
-        with T.serial((count + (L - 1)) // L) as strip, T.serial(c.vectors) as u:
-            first = T.Bind(tir.max(tir.min(strip * L, count - L), 0))
-            block = T.alloc_buffer((L, L), scope="local")
-            rows = [T.Bind(tir.min(self.i0 + r0 + u * L + r, at.S1 - 1)) for r in range(L)]
-            with T.If(count >= L):
-                with T.Then():
-                    for r, i in enumerate(rows):
-                        with T.vectorized(L) as v:
-                            T.buffer_store(block, source(i, j0 + first + v), [r, v])
-                with T.Else(), T.serial(L) as v:
-                    for r, i in enumerate(rows):
-                        T.buffer_store(block, source(i, j0 + tir.min(v, last)), [r, v])
-            transpose_square(block, L)
-            for k in range(L):
-                T.buffer_store(tile, load_lanes(block, [k, 0], L), [first + k, ramp(u * L, L)])
+        """take(key, u, its bias for register u of query rows) for the keys of a strip of j0 on."""
+        L, words = self.config.lanes, self._bias_in_words
+        pse, plane = self.buffers["pse"], self._bias_plane()
+        block = T.alloc_buffer((L, L), "uint32" if words else "float32", scope="local")
+        for r in range(L):
+            i = tir.min(self.i0 + r0 + u * L + r, self.at.S1 - 1)
+            found = load_lanes(pse, [*plane, i, j0 + first], self.bias_strip)
+            row = tir.reinterpret(f"uint32x{L}", found) if words else to_float32(found, self.unit)
+            T.buffer_store(block, row, [r, ramp(0, L)])
+        transpose_square(block, L)
+        for k in range(L):
+            row = T.Bind(load_lanes(block, [k, 0], L))
+            if not words:
+                take(first + k, u, row)
+                continue
+            low = row << constant(16, "uint32", row)
+            high = row & constant(0xFFFF0000, "uint32", row)
+            for odd, word in enumerate((low, high)):
+                take(first + (2 * k + odd), u, tir.reinterpret(f"float32x{L}", word))
 
     def _stage_draws(self, draws: tir.Buffer, r0: Expr, j0: Expr, count: Expr) -> None:
         """kept[j][r] = 1 where dropout keeps the pair, else 0.

@@ -19,14 +19,15 @@ keys uint16 [terms * C][E].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import tvm.tirx as tir
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
-from .attention_amx import BLOCK, SIDE, TileTask
+from ..intrin import x86_amx
+from .attention_amx import TileTask
+from .attention_operands import BLOCK, SIDE
 from .transpose import transpose_square
 from .vector import (
     constant,
@@ -85,10 +86,11 @@ def bfloat16_terms(x: Expr, count: int) -> list[Expr]:
 
 def _pairs(low: Expr, high: Expr, terms: int) -> list[Expr]:
     """Pairs of the terms of two elements, or of two vectors of them."""
-    return [
-        (a >> constant(16, "uint32", low)) | (b & constant(0xFFFF0000, "uint32", low))
-        for a, b in zip(bfloat16_terms(low, terms), bfloat16_terms(high, terms))
-    ]
+    pairs = zip(bfloat16_terms(low, terms), bfloat16_terms(high, terms))
+    if lanes_of(low) > 1:
+        return [x86_amx.upper_halves(a, b) for a, b in pairs]
+    half, upper = (tir.const(x, "uint32") for x in (16, 0xFFFF0000))
+    return [(a >> half) | (b & upper) for a, b in pairs]
 
 
 class SplitTask(TileTask):
@@ -271,13 +273,8 @@ class SplitTask(TileTask):
                     index = [self._value_row(term, block) + first + d, ramp(0, L)]
                     T.buffer_store(self.value_tile, word, index)
 
-    def _each_weight(self, count: Expr, weight: Callable[[Expr, int], Expr]) -> None:
-        """Terms of pairs of keys."""
-        c = self.config
-        with T.serial(count // 2) as pair:
-            for u in range(c.vectors):
-                first, second = weight(2 * pair, u), weight(2 * pair + 1, u)
-                if self.wants_output:
-                    for term, word in enumerate(_pairs(first, second, self.terms)):
-                        row = self._weight_row(term, 0) + pair
-                        T.buffer_store(self.weights, word, [row, ramp(u * c.lanes, c.lanes)])
+    def _store_weights(self, pair: Expr, u: int, first: Expr, second: Expr) -> None:
+        L = self.config.lanes
+        for term, word in enumerate(_pairs(first, second, self.terms)):
+            row = self._weight_row(term, 0) + pair
+            T.buffer_store(self.weights, word, [row, ramp(u * L, L)])

@@ -65,9 +65,14 @@ class Task:
         ends = self.keys_of(first_row).first, self.keys_of(last_row).last
         return attention.Interval(*opaque("int32", [*ends]))
 
+    @property
+    def staged_keys(self) -> int:
+        """Keys of a tile."""
+        return self.config.keys
+
     def tile_of_keys(self, seen: attention.Interval, tile: Expr) -> tuple[Expr, Expr]:
         """First key and number of keys of a tile."""
-        keys = self.config.keys
+        keys = self.staged_keys
         j0 = seen.first + tile * keys
         j0, count = opaque("int32", [j0, tir.min(keys, seen.last + 1 - j0)])
         return j0, count
@@ -126,8 +131,16 @@ class Task:
 
     @property
     def degree(self) -> int:
-        """Of the polynomial behind the weights: four is enough for results of half width."""
+        """Of the polynomial behind corrections: four is enough for results of half width."""
         return 5 if self.problem.dtype == "float32" else 4
+
+    @property
+    def weight_degree(self) -> int:
+        """Of the polynomial behind the weights: bfloat16 is a hundred times coarser than what three
+        leave, but the sum of the weights, a result in float32, is not.
+        """
+        coarse = self.problem.dtype == "bfloat16" and "softmax_sum" not in self.buffers
+        return 3 if coarse else self.degree
 
     @property
     def score_unit(self) -> float:

@@ -33,7 +33,8 @@ class Tile(CellTask):
         self._load_queries()
         self._clear()
         seen = self.interval(i0, i0 + self.rows - 1)
-        tiles = (tir.max(seen.last + 1 - seen.first, 0) + (c.keys - 1)) // c.keys
+        keys = tir.max(seen.last + 1 - seen.first, 0)
+        tiles = (keys + (self.staged_keys - 1)) // self.staged_keys
         with T.serial(tiles) as tile:
             j0, count = self.tile_of_keys(seen, tile)
             self._key_tile(j0, count)
@@ -230,7 +231,7 @@ class Tile(CellTask):
         with T.serial((count + (c.unroll - 1)) // c.unroll) as step:
             keys = [T.Bind(step * c.unroll + k) for k in range(c.unroll)]
             last = count - 1 if masked else None
-            self._ask_ahead(r0, j0, step)
+            self._ask_ahead(r0, j0 + c.keys, step, c.keys // c.unroll, range(c.width))
             acc = T.alloc_buffer((c.unroll, c.width), scope="local")
             for k in range(c.unroll):
                 self._fill(acc, k, lambda r: float32(0))
@@ -327,7 +328,7 @@ class Tile(CellTask):
 
         def weight(j: Expr, u: int) -> Expr:
             x = T.Bind(self.in_ln2(load_lanes(self.scores, [j, u * L], L) - tops[u]))
-            w = T.Bind(exp2_weight(x, self.unit, self.degree))
+            w = T.Bind(exp2_weight(x, self.unit, self.weight_degree))
             sum_ = load_lanes(total, [u, 0], L) + w
             T.buffer_store(total, sum_, [u, ramp(0, L)])
             if draws is None:
