@@ -133,13 +133,15 @@ class TileTask(OperandTask):
         j = j0 + tir.Select(same_rows, (tile + 1) * c.keys, keys)
         self.coming = opaque("int32", [r, j]) if self.problem.pse == "rows" else None
 
-    def _ask_for_half(self, turn: Expr, turns: int, half: int) -> None:
-        """What a coming tile reads from memory is asked for in both halves of this one, while
-        scores are multiplied and while weights are taken.
+    def _ask_for_part(self, part: int, turn: Expr, turns: int) -> None:
+        """What a coming tile reads from memory is asked for while weights are taken, and where
+        products are many, half of it while scores are multiplied.
         """
-        if self.coming:
-            rows = self.config.width // 2
-            self._ask_ahead(*self.coming, turn, turns, range(half * rows, (half + 1) * rows))
+        width = self.config.width
+        ends = 0, width // 2 if self.terms > 1 else 0, width
+        rows = range(*ends[part : part + 2])
+        if self.coming and rows:
+            self._ask_ahead(*self.coming, turn, turns, rows)
 
     def _rows(
         self,
@@ -201,7 +203,7 @@ class TileTask(OperandTask):
         def multiply(key: Callable[[int, int, Expr], Expr], stride: Expr | int) -> None:
             strips = self.depth // BLOCK
             with T.serial(strips) as strip:
-                self._ask_for_half(block * strips + strip, c.keys // BLOCK * strips, half=0)
+                self._ask_for_part(0, block * strips + strip, c.keys // BLOCK * strips)
 
                 def load_keys(term: int) -> None:
                     for i, tile in enumerate(LEFT):
@@ -352,7 +354,7 @@ class TileTask(OperandTask):
             T.buffer_store(self.sum, value, index)
 
     def _before_pair(self, pair: Expr) -> None:
-        self._ask_for_half(pair, self.config.keys // 2, half=1)
+        self._ask_for_part(1, pair, self.config.keys // 2)
 
     def _rounded(self, first: Expr, second: Expr) -> Expr:
         return round_pairs_up(first, second)

@@ -20,8 +20,8 @@ from .transpose import transpose_square
 from .vector import constant, float32, load_lanes, max_lanes, ramp, to_float32
 
 _LINE_BITS = 512
-_FOR_READING = (0, 3, 1)
-"""Operands of ``llvm.prefetch``: read, into all caches, data."""
+_FOR_READING = (0, 2, 1)
+"""Operands of ``llvm.prefetch``: read, into the second-level cache, data."""
 
 
 class CellTask(Task):
