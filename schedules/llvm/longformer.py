@@ -35,6 +35,7 @@ from tvm.target import Target
 from tvm.tirx import PrimFunc
 
 from . import longformer_amx
+from .inline import parsers_by_frames
 from .vector import LOG2E, exp2_nonpositive, from_float32, to_float32, vector_unit
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def gather_global_rows(problem: Problem, target: Target) -> PrimFunc:
     return gather_global_rows
 
 
+@parsers_by_frames()
 def attention(problem: Problem, target: Target) -> PrimFunc:
     """The attention of all heads, from int8 projections to the int8 output.
 
