@@ -34,7 +34,7 @@ from tvm.script import tirx as T
 from tvm.target import Target
 from tvm.tirx import PrimFunc
 
-from . import longformer_amx
+from . import longformer_amx, matrix_tiles
 from .inline import parsers_by_frames
 from .vector import LOG2E, exp2_nonpositive, from_float32, to_float32, vector_unit
 
@@ -189,7 +189,7 @@ def attention(problem: Problem, target: Target) -> PrimFunc:
     -> int8 [B, S, H], or its COL32 form [B, H/32, S, 32] with ``problem.col32``. gq and gkv are
     read only where a flag is set.
     """
-    if longformer_amx.available(target):
+    if matrix_tiles.available(target):
         return longformer_amx.build_attention(problem, target)
     unit, t = vector_unit(target), tiles(target, problem.head_size)
     D, N, W = problem.head_size, problem.num_heads, problem.window
