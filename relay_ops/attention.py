@@ -25,6 +25,7 @@ Bind = Callable[[Expr], Expr]
 LAYOUTS = {"BSH": 3, "SBH": 3, "BNSD": 4, "BSND": 4, "TND": 3}
 """Layout -> rank of query, key, value."""
 
+LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 FLT_MAX = 3.4028234663852886e38
 EMPTY_ROW_MAX, EMPTY_ROW_SUM = -FLT_MAX, FLT_MAX
 """softmax_max and softmax_sum of a row without any allowed key; its attention_out is 0."""
@@ -181,6 +182,26 @@ def score(pse_type: int, qk: Expr, bias: Expr | None, scale: float) -> Expr:
     if bias is None:
         return times(qk, scale)
     return times(qk + bias, scale) if pse_type == 1 else times(qk, scale) + bias
+
+
+def unit_of_scores(pse: str | None) -> float:
+    """The 1 of the scores that a kernel keeps, in units of ln 2: that is 1, so that a weight is a
+    power of two, but with a bias they are x of the softmax, which the largest float32 may be.
+    """
+    return 1.0 if pse is None else LOG2E
+
+
+def difference_in_ln2(difference: Expr, unit: float) -> Expr:
+    """The difference of two scores of ``unit`` in units of ln 2. It is taken first: a product that
+    both round each for itself, or not at all in a multiply-add, would be hundreds off where scores
+    are large.
+    """
+    return difference if unit == 1 else times(difference, unit)
+
+
+def in_nats(score: Expr, unit: float) -> Expr:
+    """x of the softmax, as softmax_max records it, for a score of ``unit``."""
+    return score if unit == LOG2E else times(score, unit * LN2)
 
 
 def times(x: Expr, factor: float) -> Expr:

@@ -21,6 +21,11 @@ def int64(dim: Dim) -> Expr:
     return tirx.const(dim, "int64") if isinstance(dim, int) else dim
 
 
+def int64s(*dims: Dim) -> list[Expr]:
+    """A shape of such expressions."""
+    return [int64(dim) for dim in dims]
+
+
 def same(a: Dim, b: Dim) -> bool:
     """Known to be equal."""
     if isinstance(a, int) and isinstance(b, int):

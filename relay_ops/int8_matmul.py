@@ -3,17 +3,13 @@
     dot[z, m, n] = sum_k int32(a[z, m, k]) * int32(b[z, k, n])          exact, modulo 2^32
     y[z, m, n]   = epilogue(dot[z, m, n], at, *operands)                fused, any dtype
 
-b is packed once, at compile time where it is a constant, into panels [zb, N/NB, K/G, NB, G] of NB
-columns and groups of G consecutive k, both zero-padded; a is packed by rows with K padded alike.
-NB, G and the packing of a are the target's (`schedules.INT8_TILES`). Where the target's dot product
-takes a shifted a, the surplus is a vector per column of b, subtracted before the epilogue.
+b is packed once (`int8_weight`); a is packed by rows, K padded as that of b. Where the target's dot
+product takes a shifted a, the surplus is a vector per column of b, subtracted before the epilogue.
+Targets whose tiles are not in `schedules.INT8_TILES`, or are matrix tiles, have a kernel of their
+own instead (`schedules.TIR_BUILDERS`), which is given a `Problem`.
 
-Targets without a row there have a kernel of their own instead (`schedules.TIR_BUILDERS`), which is
-given a `Problem`; b is then stored [zb, N, K], rows zero-padded to whole `ROW_BYTES`, or, where the
-target has them and b must be packed anyway, in the panels of `schedules.INT8_PANELS`.
-
-`Weight` and `int8_matmul` take batched matrices; N and K that are only known at the call lead to a
-plain kernel without packing. M and the batch may be symbolic in both.
+Matrices come in batches; N and K that are only known at the call lead to a plain kernel without
+packing. M and the batch may be symbolic.
 """
 
 from __future__ import annotations
@@ -21,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 from tvm import relax, te, tirx
 from tvm.ir import Expr
 from tvm.target import Target
@@ -29,12 +24,10 @@ from tvm.target import Target
 from .. import schedules
 from ..schedules.cuda.panels import Panels
 from ..schedules.tile import ROWS, Tile
-from .dims import int64, is_one
+from .dims import int64, int64s, is_one
+from .int8_weight import Weight
 from .op import Dim, te_kernel, tir_kernel
-from .orders import COLS, Order
-
-ROW_BYTES = 16
-"""What the rows of an unpanelled weight are padded to: one vector access."""
+from .orders import COLS, Entry, Order, col32, row_major, transposed
 
 
 @dataclass(frozen=True)
@@ -50,30 +43,11 @@ class At:
     """In [0, N): columns of padding repeat the last one."""
 
 
-Entry = Callable[..., Expr]
-"""``entry(tensor, z, i, j)``: element (i, j) of matrix z of a tensor, wherever it is stored."""
-
 Epilogue = Callable[..., Expr]
 """``epilogue(acc, at, *operands)``: the output element for the int32 ``acc`` standing ``at``."""
 
-
 BatchMap = Callable[[Expr], Expr]
 """Matrix of an operand for entry z of the result's batch."""
-
-
-def row_major(t, z, i, j):
-    """Entry of matrices [z, i, j]."""
-    return t[z, i, j]
-
-
-def transposed(t, z, i, j):
-    """Entry of matrices stored [z, j, i]."""
-    return t[z, j, i]
-
-
-def col32(t, z, i, j):
-    """Entry of COL32 matrices, stored [z, j/32, i, 32]."""
-    return t[z, j // COLS, i, j % COLS]
 
 
 @dataclass(frozen=True)
@@ -153,193 +127,6 @@ class Problem:
         return [z, row, n]
 
 
-@dataclass(frozen=True)
-class Weight:
-    """The right operand, packed (``tile`` set) or as it came (``tile`` None).
-
-    Build it with `pack_weight`.
-    """
-
-    data: relax.Expr
-    """int8 [batch, N/NB, K/G, NB, G] packed; otherwise any shape that ``entry`` reads, which is
-    [batch, N, K padded], or in ``panels``, for targets with a kernel of their own.
-    """
-    excess: relax.Expr | None
-    """int32 [batch, N padded to NB]: the surplus of the target's dot product, if it has one."""
-    batch: Dim
-    n: Dim
-    k: Dim
-    entry: Entry
-    tile: Callable[[Dim], Tile] | None
-    """``tile(M)``: the register tile for M rows."""
-    panels: Panels | None = None
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether N and K are known now."""
-        return isinstance(self.n, int) and isinstance(self.k, int)
-
-    @property
-    def padded_n(self) -> Dim:
-        if self.tile is None:
-            return self.n
-        cols = self.tile(1).cols
-        return -(-self.n // cols) * cols
-
-    def columns(self, bb: relax.BlockBuilder, values: np.ndarray | relax.Expr) -> relax.Expr:
-        """Values per column [..., N], zero-padded to be read at ``At.col``."""
-        if isinstance(values, np.ndarray):
-            pad = self.padded_n - values.shape[-1]
-            return relax.const(np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, pad)]))
-        if self.tile is None or self.padded_n == self.n:
-            return values
-
-        def pad_columns(x: te.Tensor) -> te.Tensor:
-            def value(*index):
-                *head, n = index
-                return tirx.if_then_else(n < self.n, x[(*head, n)], tirx.const(0, x.dtype))
-
-            return te.compute((*x.shape[:-1], int64(self.padded_n)), value, name="pad_columns")
-
-        return te_kernel(bb, "int8_matmul.pad_columns", pad_columns, values)
-
-
-def pack_weight(
-    bb: relax.BlockBuilder,
-    target: Target,
-    source: np.ndarray | relax.Expr,
-    *,
-    n: Dim,
-    k: Dim,
-    batch: Dim = 1,
-    entry: Entry = row_major,
-    panel: int | None = None,
-) -> Weight:
-    """Pack the matrices b[z, k, n] = ``entry(source, z, n, k)``, int8.
-
-    ``entry`` is index arithmetic that holds for a NumPy array under index arrays and for a TE
-    tensor under TIR expressions: an array is packed here and now, a tensor by a kernel. ``panel``
-    fixes the panel's columns where the output's memory order asks for it (32 for COL32).
-    """
-    if not (isinstance(n, int) and isinstance(k, int)):
-        data = relax.const(source) if isinstance(source, np.ndarray) else source
-        return Weight(data, None, batch, n, k, entry, None)
-    if target.kind.name not in schedules.INT8_TILES:
-        panels = schedules.INT8_PANELS[target.kind.name](target)
-        if panels is None or _is_rows(source, k, entry):
-            return Weight(_rows(bb, source, n, k, batch, entry), None, batch, n, k, row_major, None)
-        data = _in_panels(bb, panels, source, n, k, batch, entry)
-        return Weight(data, None, batch, n, k, panels.entry, None, panels)
-
-    def tile(m: Dim) -> Tile:
-        return schedules.INT8_TILES[target.kind.name](target, m, n, panel)
-
-    shape = tile(1)
-    cols, dot = shape.cols, shape.dot
-    panels, groups = -(-n // cols), dot.groups(k)
-    if isinstance(source, np.ndarray):
-        z, rows, ks = np.ogrid[:batch, :n, :k]
-        b = np.zeros((batch, panels * cols, groups * dot.group), np.int8)
-        b[:, :n, :k] = entry(source, z, rows, ks)
-        sums = b.sum(axis=2, dtype=np.int64).astype(np.int32)
-        packed = b.reshape(batch, panels, cols, groups, dot.group).transpose(0, 1, 3, 2, 4)
-        data = relax.const(np.ascontiguousarray(packed))
-        excess = relax.const(dot.excess(sums).astype(np.int32)) if dot.a_offset else None
-        return Weight(data, excess, batch, n, k, entry, tile)
-
-    def at(b, z, column, depth):
-        inside = []
-        if panels * cols != n:
-            inside.append(column < n)
-        if groups * dot.group != k:
-            inside.append(depth < k)
-        value = entry(b, z, column, depth)
-        return tirx.if_then_else(tirx.all(*inside), value, _i8(0)) if inside else value
-
-    def pack(b: te.Tensor) -> te.Tensor:
-        return te.compute(
-            _dims(batch, panels, groups, cols, dot.group),
-            lambda z, no, ko, ni, ki: at(b, z, no * cols + ni, ko * dot.group + ki),
-            name="pack_weight",
-        )
-
-    def excess_of(packed: te.Tensor) -> te.Tensor:
-        ko = te.reduce_axis((int64(0), int64(groups)), "ko")
-        ki = te.reduce_axis((int64(0), int64(dot.group)), "ki")
-        sums = te.compute(
-            _dims(batch, panels * cols),
-            lambda z, n: te.sum(packed[z, n // cols, ko, n % cols, ki].astype("int32"), [ko, ki]),
-            name="column_sum",
-        )
-        return te.compute(sums.shape, lambda z, n: dot.excess(sums[z, n]), name="excess")
-
-    data = te_kernel(bb, "int8_matmul.pack_weight", pack, source)
-    excess = te_kernel(bb, "int8_matmul.excess", excess_of, data) if dot.a_offset else None
-    return Weight(data, excess, batch, n, k, entry, tile)
-
-
-def _is_rows(source: np.ndarray | relax.Expr, k: int, entry: Entry) -> bool:
-    """Whether what comes with the call has rows that need no packing."""
-    return not isinstance(source, np.ndarray) and entry is row_major and k % ROW_BYTES == 0
-
-
-def _rows(
-    bb: relax.BlockBuilder,
-    source: np.ndarray | relax.Expr,
-    n: int,
-    k: int,
-    batch: Dim,
-    entry: Entry,
-) -> relax.Expr:
-    """int8 [batch, N, K padded to ROW_BYTES]."""
-    padded_k = -(-k // ROW_BYTES) * ROW_BYTES
-    if isinstance(source, np.ndarray):
-        z, rows, ks = np.ogrid[:batch, :n, :k]
-        b = np.zeros((batch, n, padded_k), np.int8)
-        b[:, :, :k] = entry(source, z, rows, ks)
-        return relax.const(b)
-    if _is_rows(source, k, entry):
-        return source
-
-    def rows(b: te.Tensor) -> te.Tensor:
-        def value(z, row, depth):
-            inside = entry(b, z, row, depth)
-            return inside if padded_k == k else tirx.if_then_else(depth < k, inside, _i8(0))
-
-        return te.compute(_dims(batch, n, padded_k), value, name="pack_weight")
-
-    return te_kernel(bb, "int8_matmul.pack_weight", rows, source)
-
-
-def _in_panels(
-    bb: relax.BlockBuilder,
-    panels: Panels,
-    source: np.ndarray | relax.Expr,
-    n: int,
-    k: int,
-    batch: Dim,
-    entry: Entry,
-) -> relax.Expr:
-    """int8, as `Panels` says."""
-    along_n, along_k = panels.count(n, k)
-    if isinstance(source, np.ndarray):
-        z, rows, ks = np.ogrid[:batch, :n, :k]
-        b = np.zeros((batch, along_n * panels.rows, along_k * panels.row_bytes), np.int8)
-        b[:, :n, :k] = entry(source, z, rows, ks)
-        z, *place = np.ogrid[:batch, :along_n, :along_k, : panels.rows, : panels.row_bytes]
-        return relax.const(b[(z, *panels.stored(*place))])
-
-    def pack(b: te.Tensor) -> te.Tensor:
-        def value(z, *place):
-            row, depth = panels.stored(*place)
-            return tirx.if_then_else(tirx.all(row < n, depth < k), entry(b, z, row, depth), _i8(0))
-
-        shape = _dims(batch, along_n, along_k, panels.rows, panels.row_bytes)
-        return te.compute(shape, value, name="pack_weight")
-
-    return te_kernel(bb, "int8_matmul.pack_weight", pack, source)
-
-
 def int8_matmul(
     bb: relax.BlockBuilder,
     target: Target,
@@ -379,9 +166,9 @@ def int8_matmul(
             operands = [*operands, counts]
             live, epilogue = _last_operand(place), _without_last_operand(epilogue)
         types = tuple(operand.ty for operand in operands)
-        shape = _dims(batch, left.m, weight.n)
+        shape = int64s(batch, left.m, weight.n)
         if order is Order.COL32:
-            shape = _dims(batch, weight.n // COLS, left.m, COLS)
+            shape = int64s(batch, weight.n // COLS, left.m, COLS)
         y = relax.TensorType(shape, _epilogue_dtype(epilogue, types))
         problem = Problem(
             batch=batch,
@@ -489,15 +276,15 @@ def _packed_dot(a, b, left: Left, weight: Weight, tile: Tile, batch, left_batch,
     def value(z, row, ko, ki):
         k = ko * dot.group + ki
         inside = row < m if groups * dot.group == weight.k else tirx.all(row < m, k < weight.k)
-        return dot.pack(tirx.if_then_else(inside, left.entry(a, z, row, k), _i8(0)))
+        return dot.pack(tirx.if_then_else(inside, left.entry(a, z, row, k), tirx.const(0, "int8")))
 
     packed = te.compute(
-        [*_dims(left.batch), padded_m, *_dims(groups, dot.group)], value, name="pack_a"
+        [*int64s(left.batch), padded_m, *int64s(groups, dot.group)], value, name="pack_a"
     )
     ko = te.reduce_axis((int64(0), int64(groups)), "ko")
     ki = te.reduce_axis((int64(0), int64(dot.group)), "ki")
     return te.compute(
-        [*_dims(batch), padded_m, *_dims(weight.padded_n // tile.cols, tile.cols)],
+        [*int64s(batch), padded_m, *int64s(weight.padded_n // tile.cols, tile.cols)],
         lambda z, row, no, ni: te.sum(
             packed[left_batch(z), row, ko, ki].astype("int32")
             * b[weight_batch(z), no, ko, ni, ki].astype("int32"),
@@ -511,7 +298,7 @@ def _plain_dot(a, b, left: Left, weight: Weight, batch, left_batch, weight_batch
     """dot [batch, M, N], int32."""
     k = te.reduce_axis((int64(0), int64(weight.k)), "k")
     return te.compute(
-        _dims(batch, left.m, weight.n),
+        int64s(batch, left.m, weight.n),
         lambda z, m, n: te.sum(
             left.entry(a, left_batch(z), m, k).astype("int32")
             * weight.entry(b, weight_batch(z), n, k).astype("int32"),
@@ -526,20 +313,12 @@ def _store(value, order: Order, read: Callable[..., Expr], m: Dim, n: Dim) -> te
     batch = value.shape[0]
     if order is Order.COL32:
         return te.compute(
-            [batch, *_dims(n // COLS, m, COLS)],
+            [batch, *int64s(n // COLS, m, COLS)],
             lambda z, g, m, i: read(z, m, g * COLS + i),
             name="store",
         )
-    return te.compute([batch, *_dims(m, n)], read, name="store")
+    return te.compute([batch, *int64s(m, n)], read, name="store")
 
 
 def _batch_map(batch: Dim) -> BatchMap:
     return (lambda z: int64(0)) if is_one(batch) else lambda z: z
-
-
-def _dims(*dims: Dim) -> list[Expr]:
-    return [int64(dim) for dim in dims]
-
-
-def _i8(value: int) -> Expr:
-    return tirx.const(value, "int8")

@@ -27,18 +27,10 @@ from ..frontend.schemas.linear_a8w8_quant import OUTPUT_DTYPES, SCHEMA
 from ..reference.linear_a8w8_quant import linear_a8w8_quant
 from . import quant
 from .dims import any_of, divmod_, equal, int64, is_one, same, view
-from .int8_matmul import (
-    At,
-    BatchMap,
-    Epilogue,
-    Left,
-    Weight,
-    int8_matmul,
-    pack_weight,
-    row_major,
-    transposed,
-)
+from .int8_matmul import At, BatchMap, Epilogue, Left, int8_matmul
+from .int8_weight import Weight, pack_weight
 from .op import Dim, Node, Op, te_kernel
+from .orders import row_major, transposed
 
 MAX_STORED_DIM = 65535
 RANKS = range(2, 7)

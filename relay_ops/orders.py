@@ -7,7 +7,9 @@ entry (r, c) lies. The map is plain integer arithmetic, so the same definition i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,9 @@ class Order(IntEnum):
     COL4_4R2_8C = 3
     COL32_2R_4R4 = 4
 
+
+Entry = Callable[..., Any]
+"""``entry(tensor, z, i, j)``: element (i, j) of matrix z of a tensor, wherever it is stored."""
 
 COLS = 32
 """Columns of a panel in the tiled orders: each panel is stored whole before the next."""
@@ -53,3 +58,18 @@ def unpack(stored: np.ndarray, order: Order, rows: int, cols: int) -> np.ndarray
     """Logical matrices [..., rows, cols] of arrays [..., X, Y] that hold rows*cols entries."""
     flat = stored.reshape(*stored.shape[:-2], rows * cols)
     return flat[..., offset(order, np.arange(rows)[:, None], np.arange(cols), rows, cols)]
+
+
+def row_major(t, z, i, j):
+    """Entry of matrices [z, i, j]."""
+    return t[z, i, j]
+
+
+def transposed(t, z, i, j):
+    """Entry of matrices stored [z, j, i]."""
+    return t[z, j, i]
+
+
+def col32(t, z, i, j):
+    """Entry of COL32 matrices, stored [z, j/32, i, 32]."""
+    return t[z, j // COLS, i, j % COLS]

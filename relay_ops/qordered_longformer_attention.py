@@ -25,9 +25,10 @@ from ..reference.qordered_longformer_attention import qordered_longformer_attent
 from ..runtime.errors import UnsupportedError, message
 from ..schedules import tir_builder
 from .dims import int64, view
-from .int8_matmul import Left, col32, int8_matmul, pack_weight
+from .int8_matmul import Left, int8_matmul
+from .int8_weight import pack_weight
 from .op import Dim, Node, Op, te_kernel, tir_kernel
-from .orders import COLS, Order, offset, tile
+from .orders import COLS, Order, col32, offset, tile
 from .quant import int8_cast
 
 NAME = "qordered_longformer_attention"

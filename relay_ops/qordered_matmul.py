@@ -21,18 +21,10 @@ from ..frontend.schemas.qordered_matmul import SCHEMA
 from ..reference.qordered_matmul import qordered_matmul
 from . import quant
 from .dims import any_of, divmod_, equal, int64, is_one, view
-from .int8_matmul import (
-    At,
-    Epilogue,
-    Left,
-    Weight,
-    col32,
-    int8_matmul,
-    pack_weight,
-    row_major,
-)
+from .int8_matmul import At, Epilogue, Left, int8_matmul
+from .int8_weight import Weight, pack_weight
 from .op import Dim, Node, Op, te_kernel
-from .orders import COLS, Order, offset
+from .orders import COLS, Order, col32, offset, row_major
 
 COMBINATIONS = {
     (Order.ROW, Order.COL, Order.ROW): "row",

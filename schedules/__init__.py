@@ -22,7 +22,7 @@ from .cuda import gemm_split as cuda_gemm_split
 from .cuda import longformer as cuda_longformer
 from .cuda import nsa as cuda_nsa
 from .cuda.panels import Panels
-from .llvm import attention, gemm, gemm_amx, longformer, nsa
+from .llvm import attention, gemm, gemm_amx, longformer, longformer_tokens, nsa
 from .tile import Tile
 
 SCHEDULES: dict[str, dict[str, Callable[[PrimFunc, Target], PrimFunc]]] = {
@@ -51,11 +51,11 @@ TIR_BUILDERS: dict[str, dict[str, Callable[[Any, Target], PrimFunc]]] = {
     },
     "qordered_longformer_attention.gather_global_rows": {
         "cuda": cuda_longformer.gather_global_rows,
-        "llvm": longformer.gather_global_rows,
+        "llvm": longformer_tokens.gather_global_rows,
     },
     "qordered_longformer_attention.global_tokens": {
         "cuda": cuda_longformer.global_tokens,
-        "llvm": longformer.global_tokens,
+        "llvm": longformer_tokens.global_tokens,
     },
     "nsa_compress_attention.attend_select": {
         "cuda": cuda_nsa.attend_select,

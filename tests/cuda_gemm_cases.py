@@ -9,8 +9,8 @@ import simt
 from tvm import relax, tirx
 
 from opferry.driver import target as targets
-from opferry.relay_ops import int8_matmul as products
-from opferry.relay_ops import quant
+from opferry.relay_ops import orders, quant
+from opferry.relay_ops.int8_matmul import Problem
 from opferry.relay_ops.orders import Order
 from opferry.schedules.cuda import gemm, gemm_split
 from opferry.schedules.cuda.arch import ARCHS
@@ -21,7 +21,7 @@ OUTPUTS = {"int8": np.int8, "int32": np.int32, "float16": np.float16}
 OUTPUTS["bfloat16"] = ml_dtypes.bfloat16
 SMALL = GemmConfig(32, 32, 64, 2, 1)
 SMALL_WARPGROUP = GemmConfig(64, 64, 128, 4, 1, stages=3, wgmma=True)
-ENTRIES = {"row": products.row_major, "col32": products.col32, "transposed": products.transposed}
+ENTRIES = {"row": orders.row_major, "col32": orders.col32, "transposed": orders.transposed}
 
 
 def int8(rng, *shape):
@@ -45,7 +45,7 @@ def problem(m, n, k, out="int8", entry="row", batch=1, order=Order.ROW, panels=N
     a = {"row": (m, k), "col32": (k // 32, m, 32), "transposed": (k, m)}[entry]
     y = (n // 32, m, 32) if order is Order.COL32 else (m, n)
     b = (-(-n // 64), -(-k // 128), 64, 128) if panels else (n, -(-k // 16) * 16)
-    return products.Problem(
+    return Problem(
         batch=batch,
         m=m,
         n=n,

@@ -1,6 +1,8 @@
-"""QOrderedLongformerAttention: the worked example, and problems of any size."""
+"""QOrderedLongformerAttention: the worked example, a recorded one, problems of any size."""
 
+import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -41,6 +43,49 @@ EXAMPLE = {
 }
 EXAMPLE_ATTRS = {"num_heads": 1, "window": 1, "order_input": ROW, "order_output": ROW}
 EXAMPLE_OUTPUT = [[[-4, 3], [14, -3], [7, 3], [0, 0]]]
+
+RECORDED_ATTRS = {"num_heads": 2, "window": 32, "order_input": ROW, "order_output": ROW}
+
+
+def recorded():
+    """Inputs, and the int8 [128, 32] that ONNX Runtime's GPU kernel made of them. It keeps scores
+    in float16: 4000 of its 4096 values agree.
+    """
+    stream = _minstd_rand0_int8(666)
+
+    def take(*shape):
+        return np.array(list(itertools.islice(stream, math.prod(shape))), np.int8).reshape(shape)
+
+    x = take(1, 128, 32)
+    inputs = {
+        "input": x,
+        "weight": take(32, 96),
+        "bias": take(96) / f32(2048),
+        "global_weight": take(32, 96),
+        "global_bias": take(96) / f32(2048),
+        "scale_input": f32(1 / 32),
+        "scale_weight": f32(1 / 64),
+        "scale_bias": f32(1 / 8),
+        "scale_qkv_gemm": f32(1 / 4),
+        "scale_global_weight": f32(1 / 64),
+        "scale_global_gemm": f32(1 / 4),
+        "scale_output": f32(1 / 8),
+        "mask": np.ones((1, 128), np.float16),
+        "global": (np.arange(128) < 16)[None].astype(np.int32),
+    }
+    x.reshape(-1)[120:128] = 0
+    inputs["mask"][:, 120:] = 0
+    file = Path(__file__).parent / "data" / "qordered_longformer_128x32.txt"
+    return inputs, np.loadtxt(file, dtype=np.int64)
+
+
+def _minstd_rand0_int8(seed):
+    """Uniform int8 in -128..126 as libstdc++ draws them from std::minstd_rand0."""
+    state, scaling = seed, 2147483645 // 255
+    while True:
+        state = state * 16807 % 2147483647
+        if state - 1 < 255 * scaling:
+            yield (state - 1) // scaling - 128
 
 
 def weights(seed, hidden, per_column=None, scalar_shape=()):

@@ -18,7 +18,8 @@ from tvm.target import Target
 from opferry.driver.build import pipeline
 from opferry.driver.stack import code_generation
 from opferry.driver.target import resolve
-from opferry.relay_ops.int8_matmul import Left, int8_matmul, pack_weight
+from opferry.relay_ops.int8_matmul import Left, int8_matmul
+from opferry.relay_ops.int8_weight import pack_weight
 from opferry.schedules.intrin import x86
 from opferry.schedules.llvm.gemm import CONFIGS
 

@@ -22,7 +22,7 @@ from opferry.driver.target import resolve
 from opferry.frontend.builders import node_model
 from opferry.relay_ops.orders import Order
 from opferry.relay_ops.qordered_longformer_attention import Problem
-from opferry.schedules.llvm import longformer, longformer_amx
+from opferry.schedules.llvm import longformer, matrix_tiles
 
 OP = "QOrderedLongformerAttention"
 TILED = (COL32, COL4_4R2_8C, COL32_2R_4R4)
@@ -42,7 +42,7 @@ def test_products(target):
 
 def test_no_tiles_without_wide_vectors():
     target = Target({"kind": "llvm", "mcpu": "x86-64-v3", "mattr": ["+amx-tile", "+amx-bf16"]})
-    assert not longformer_amx.available(target)
+    assert not matrix_tiles.available(target)
 
 
 @pytest.mark.parametrize("head_size", [17, 33, 48, 64])

@@ -28,28 +28,40 @@ def test_forms_of_the_length_lists(form):
     assert_matches(feeds, attrs, got)
 
 
+VARIANTS = {
+    "float32": {"n1": 4, "n2": 2, "sizes": (32, 16, 64), "dtype": F32},
+    "bfloat16": {
+        "n1": 16,
+        "n2": 1,
+        "sizes": (48, 32, 96),
+        "dtype": BF16,
+        "masked_rows": "zero",
+        "score_shift": 1,
+        "softmax_out_layout": "same_as_input",
+    },
+    "float16": {"n1": 3, "n2": 3, "sizes": (16, 16, 16), "dtype": F16, "score_shift": 1},
+    "G 64": {
+        "n1": 64,
+        "n2": 1,
+        "sizes": (32, 16, 128),
+        "dtype": F32,
+        "masked_rows": "zero",
+        "score_shift": 8,
+    },
+}
+
+
+def masked(variant, *counts, **rest):
+    """Feeds and attributes of a node of ``VARIANTS``, with both masks."""
+    return make(*counts, **VARIANTS[variant], **rest, atten="bool", topk="uint8")
+
+
 @functools.cache
-def symbolic_module(n1, n2, sizes, dtype, masked_rows, shift, layout):
-    feeds, attrs = make(
-        n1=n1,
-        n2=n2,
-        sizes=sizes,
-        dtype=dtype,
-        atten="bool",
-        topk="uint8",
-        masked_rows=masked_rows,
-        score_shift=shift,
-        softmax_out_layout=layout,
-    )
+def symbolic_module(variant):
+    feeds, attrs = masked(variant)
     return opferry.compile(node_model(OP, feeds, symbolic=SYMBOLIC, **attrs))
 
 
-VARIANTS = [
-    (4, 2, (32, 16, 64), F32, "mean", 0, ""),
-    (16, 1, (48, 32, 96), BF16, "zero", 1, "same_as_input"),
-    (3, 3, (16, 16, 16), F16, "mean", 1, ""),
-    (64, 1, (32, 16, 128), F32, "zero", 8, ""),
-]
 COUNTS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 80)), min_size=1, max_size=6).filter(
     lambda pairs: sum(q for q, _ in pairs) and sum(k for _, k in pairs)
 )
@@ -57,30 +69,15 @@ COUNTS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 80)), min_size=1,
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    variant=st.sampled_from(VARIANTS),
+    variant=st.sampled_from([*VARIANTS]),
     counts=COUNTS,
     spare=st.tuples(st.integers(0, 9), st.integers(0, 9)),
     slack=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     seed=st.integers(0, 999),
 )
 def test_any_lengths_through_one_module(variant, counts, spare, slack, seed):
-    n1, n2, sizes, dtype, masked_rows, shift, layout = variant
-    feeds, attrs = make(
-        *zip(*counts),
-        n1=n1,
-        n2=n2,
-        sizes=sizes,
-        dtype=dtype,
-        atten="bool",
-        topk="uint8",
-        spare=spare,
-        slack=slack,
-        seed=seed,
-        masked_rows=masked_rows,
-        score_shift=shift,
-        softmax_out_layout=layout,
-    )
-    assert_matches(feeds, attrs, symbolic_module(*variant).run(feeds))
+    feeds, attrs = masked(variant, *zip(*counts), spare=spare, slack=slack, seed=seed)
+    assert_matches(feeds, attrs, symbolic_module(variant).run(feeds))
 
 
 def mixed_model():
@@ -267,7 +264,7 @@ def test_limit_of_compressed_keys():
 
 
 def test_symbolic_dimensions_are_checked_at_the_call():
-    module = symbolic_module(*VARIANTS[0])
+    module = symbolic_module("float32")
     feeds, _ = make(atten="bool", topk="uint8", n1=4, n2=2)
     with pytest.raises(InvalidInputError, match="T2"):
         module.run(feeds | {"value": feeds["value"][1:]})

@@ -1,9 +1,7 @@
 """QOrderedLongformerAttention, compiled, against its specification and the NumPy reference."""
 
 import functools
-import itertools
 import math
-from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -20,11 +18,13 @@ from longformer_cases import (
     EXAMPLE_ATTRS,
     EXAMPLE_OUTPUT,
     OP,
+    RECORDED_ATTRS,
     ROW,
     WEIGHTS,
     attributes,
     data,
     f32,
+    recorded,
     weights,
 )
 from tvm import relax, tirx
@@ -37,8 +37,6 @@ from opferry.frontend.builders import node_model
 from opferry.frontend.importer import import_model
 from opferry.frontend.model import prepare
 from opferry.reference.compare import compare
-
-DATA = Path(__file__).parent / "data"
 
 
 @functools.cache
@@ -217,47 +215,12 @@ def test_instruction_tiers(target):
     agree(built, data(10, 2, 40, 48, [2, 0]))
 
 
-def minstd_rand0_int8(seed):
-    """Uniform int8 in -128..126 as libstdc++ draws them from std::minstd_rand0."""
-    state, scaling = seed, 2147483645 // 255
-    while True:
-        state = state * 16807 % 2147483647
-        if state - 1 < 255 * scaling:
-            yield (state - 1) // scaling - 128
-
-
 def test_recorded():
-    """ONNX Runtime's recorded GPU result: its float16 scores agree in 4000 of 4096 values."""
-    stream = minstd_rand0_int8(666)
-
-    def take(*shape):
-        return np.array(list(itertools.islice(stream, math.prod(shape))), np.int8).reshape(shape)
-
-    x = take(1, 128, 32)
-    inputs = {
-        "input": x,
-        "weight": take(32, 96),
-        "bias": take(96) / f32(2048),
-        "global_weight": take(32, 96),
-        "global_bias": take(96) / f32(2048),
-        "scale_input": f32(1 / 32),
-        "scale_weight": f32(1 / 64),
-        "scale_bias": f32(1 / 8),
-        "scale_qkv_gemm": f32(1 / 4),
-        "scale_global_weight": f32(1 / 64),
-        "scale_global_gemm": f32(1 / 4),
-        "scale_output": f32(1 / 8),
-        "mask": np.ones((1, 128), np.float16),
-        "global": (np.arange(128) < 16)[None].astype(np.int32),
-    }
-    x.reshape(-1)[120:128] = 0
-    inputs["mask"][:, 120:] = 0
-    attrs = {"num_heads": 2, "window": 32, "order_input": ROW, "order_output": ROW}
-    module = opferry.compile(node_model(OP, inputs, initializers=WEIGHTS, **attrs))
-    output = module.run({name: inputs[name] for name in AT_RUN_TIME})["output"]
-    recorded = np.loadtxt(DATA / "qordered_longformer_128x32.txt", dtype=np.int64)
-    assert np.count_nonzero(output[0] == recorded) >= 4000
-    (verdict,) = compare(OP, inputs, attrs, [output])
+    inputs, expected = recorded()
+    model = node_model(OP, inputs, initializers=WEIGHTS, **RECORDED_ATTRS)
+    output = opferry.compile(model).run({name: inputs[name] for name in AT_RUN_TIME})["output"]
+    assert np.count_nonzero(output[0] == expected) >= 4000
+    (verdict,) = compare(OP, inputs, RECORDED_ATTRS, [output])
     assert verdict.ok, verdict
 
 

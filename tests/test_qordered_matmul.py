@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from compile_once import compile_once
 from hosts import on
+from order_cases import OFFSETS
 
 import opferry
 from opferry.driver.target import TARGETS
@@ -93,45 +94,9 @@ def test_worked_example(stored):
     assert run(compiled(feeds, ROW, stored), feeds).tolist() == [[-4, -1], [127, -128]]
 
 
-@pytest.mark.parametrize(
-    ("order", "rows", "cols", "entries"),
-    [
-        (Order.COL32, 4, 64, {(0, 32): 128, (1, 0): 32, (3, 5): 101, (3, 63): 255}),
-        (
-            Order.COL4_4R2_8C,
-            16,
-            64,
-            {
-                (0, 4): 16,
-                (1, 0): 128,
-                (2, 0): 4,
-                (3, 5): 149,
-                (0, 31): 115,
-                (0, 32): 512,
-                (8, 0): 256,
-                (9, 33): 897,
-            },
-        ),
-        (
-            Order.COL32_2R_4R4,
-            64,
-            64,
-            {
-                (1, 0): 32,
-                (2, 0): 256,
-                (8, 0): 64,
-                (3, 5): 293,
-                (0, 32): 2048,
-                (32, 0): 1024,
-                (33, 33): 3105,
-                (31, 31): 1023,
-            },
-        ),
-        (Order.COL, 3, 5, {(2, 4): 14, (1, 0): 1}),
-        (Order.ROW, 3, 5, {(2, 3): 13, (1, 0): 5}),
-    ],
-)
-def test_offsets(order, rows, cols, entries):
+@pytest.mark.parametrize(("order", "shape", "entries"), OFFSETS.values(), ids=OFFSETS)
+def test_offsets(order, shape, entries):
+    order, (rows, cols) = Order(order), shape
     assert {(r, c): offset(order, r, c, rows, cols) for r, c in entries} == entries
     every = [offset(order, r, c, rows, cols) for r in range(rows) for c in range(cols)]
     assert sorted(every) == list(range(rows * cols))

@@ -1,4 +1,6 @@
-"""Numerics and int8 references against hand-worked numbers, loops and recorded results."""
+"""Numerics and the reference of QOrderedMatMul against hand-worked numbers, loops and a recorded
+result.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from order_cases import OFFSETS
 
 from opferry.reference import numerics
-from opferry.reference.qordered_longformer_attention import qordered_longformer_attention
 from opferry.reference.qordered_matmul import qordered_matmul
 
 BF16 = ml_dtypes.bfloat16
@@ -35,42 +37,7 @@ def random_i8(generator, *shape):
 # numerics
 
 
-@pytest.mark.parametrize(
-    ("order", "shape", "entries"),
-    [
-        (0, (3, 5), {(2, 0): 2, (0, 1): 3, (2, 4): 14}),
-        (1, (3, 5), {(2, 0): 10, (0, 1): 1, (2, 4): 14}),
-        (2, (4, 64), {(0, 32): 128, (1, 0): 32, (3, 5): 101, (3, 63): 255}),
-        (
-            3,
-            (16, 64),
-            {
-                (0, 4): 16,
-                (1, 0): 128,
-                (2, 0): 4,
-                (3, 5): 149,
-                (0, 31): 115,
-                (0, 32): 512,
-                (8, 0): 256,
-                (9, 33): 897,
-            },
-        ),
-        (
-            4,
-            (64, 64),
-            {
-                (1, 0): 32,
-                (2, 0): 256,
-                (8, 0): 64,
-                (3, 5): 293,
-                (0, 32): 2048,
-                (32, 0): 1024,
-                (33, 33): 3105,
-                (31, 31): 1023,
-            },
-        ),
-    ],
-)
+@pytest.mark.parametrize(("order", "shape", "entries"), OFFSETS.values(), ids=OFFSETS)
 def test_order_check_values(order, shape, entries):
     offsets = numerics.order_offsets(order, *shape)
     assert {at: offsets[at] for at in entries} == entries
@@ -280,176 +247,3 @@ def test_recorded_int8_attention():
     columns = np.ascontiguousarray(v.T).reshape(16, 16)
     (out,) = qordered_matmul(p, a["SCALE_P"], columns, a["SCALE_V"], a["SCALE_OUT"], **ROW)
     assert np.array_equal(out, a["OUT"])
-
-
-# QOrderedLongformerAttention
-
-LONGFORMER_EXAMPLE = {
-    "input": i8([[[8, -4], [2, 6], [-6, 3], [5, 5]]]),
-    "scale_input": f32(0.125),
-    "weight": i8([10, 5, -3, 8, 4, -6, 7, 2, 20, -9, -12, 16]).reshape(2, 6),
-    "scale_weight": f32(0.0625),
-    "bias": np.array([0.5, 0, 0, -0.5, 1, 0], f32),
-    "scale_bias": f32(np.nan),
-    "scale_qkv_gemm": f32(0.125),
-    "mask": np.array([[0, 0, 0, -10000]], np.float16),
-    "global_weight": i8([-7, 3, 4, 9, 6, 5, -2, 12, 11, -14, 30, 8]).reshape(2, 6),
-    "scale_global_weight": f32(0.0625),
-    "global_bias": np.array([0, 0, 1, 0, 0, -2], f32),
-    "scale_global_gemm": f32(0.125),
-    "global_": np.array([[1, 0, 0, 0]], np.int32),
-    "scale_output": f32(0.03125),
-}
-LONGFORMER_ATTRS = {"num_heads": 1, "window": 1, "order_input": 1, "order_output": 1}
-
-
-def test_longformer_worked_example():
-    (y,) = qordered_longformer_attention(**LONGFORMER_EXAMPLE, **LONGFORMER_ATTRS)
-    assert y.dtype == np.int8
-    assert y.tolist() == [[[-4, 3], [14, -3], [7, 3], [0, 0]]]
-    v, _ = qordered_longformer_attention(**LONGFORMER_EXAMPLE, **LONGFORMER_ATTRS, unrounded=True)
-    o = [[-0.11374, 0.08401], [0.42437, -0.10878], [0.20558, 0.09416], [0, 0]]
-    np.testing.assert_allclose(v[0] * 0.03125, o, atol=5e-6)
-
-
-def longformer_case(g, batch, seq, heads, d, per_column):
-    h = heads * d
-    mask = np.zeros((batch, seq), np.float16)
-    mask[0, -2:] = [-10000, -np.inf]
-    mask[-1, :3] = [0.5, -0.0, -0.25]
-    flags = (g.random((batch, seq)) < 0.3).astype(np.int32) * -5
-    flags[0, -1] = 1  # a padding token with a global flag
-    case = {"input": random_i8(g, batch, seq, h), "mask": mask, "global_": flags}
-    for weight, bias, scale, gemm in (
-        ("weight", "bias", "scale_weight", "scale_qkv_gemm"),
-        ("global_weight", "global_bias", "scale_global_weight", "scale_global_gemm"),
-    ):
-        case[weight] = random_i8(g, h, 3 * h)
-        case[bias] = g.normal(size=3 * h).astype(f32)
-        case[scale] = g.uniform(0.004, 0.02, per_column or 1).astype(f32)
-        case[gemm] = np.array([0.05], f32)
-    scales = {"scale_input": f32(0.03), "scale_bias": f32(0), "scale_output": f32(0.03)}
-    return case | scales
-
-
-def longformer_loops(c, heads, window):
-    batch, seq, h = c["input"].shape
-    d = h // heads
-
-    def project(weight, scale_weight, bias, gemm):
-        scales = np.broadcast_to(
-            np.tile(scale_weight, 3) if scale_weight.size == h else scale_weight, 3 * h
-        )
-        logical = weight.reshape(3 * h, h)  # column-major (H, 3H)
-        out = np.zeros((batch, seq, 3, heads, d))
-        for b, s, n in itertools.product(range(batch), range(seq), range(3 * h)):
-            acc = sum(int(x) * int(w) for x, w in zip(c["input"][b, s], logical[n]))
-            alpha = f32(f32(c["scale_input"] * scales[n]) / gemm[0])
-            i = min(max(round(float(alpha) * acc + float(bias[n])), -128), 127)
-            out[b, s, n // h, n % h // d, n % d] = np.float16(f32(gemm[0] * f32(i)))
-        return out
-
-    local = project(c["weight"], c["scale_weight"], c["bias"], c["scale_qkv_gemm"])
-    far = project(
-        c["global_weight"], c["scale_global_weight"], c["global_bias"], c["scale_global_gemm"]
-    )
-    y = np.zeros((batch, seq, heads, d), np.int8)
-    for b, i, n in itertools.product(range(batch), range(seq), range(heads)):
-        if c["mask"][b, i] < 0:
-            continue
-        flags = c["global_"][b] != 0
-        t = far if flags[i] else local
-        keys = [j for j in range(seq) if flags[i] or flags[j] or abs(i - j) <= window]
-        x = [
-            float(t[b, i, 0, n] @ t[b, j, 1, n]) / math.sqrt(d) + float(c["mask"][b, j])
-            for j in keys
-        ]
-        e = [math.exp(s - max(x)) for s in x]
-        o = sum(w / sum(e) * t[b, j, 2, n] for w, j in zip(e, keys))
-        v = o.astype(np.float16).astype(np.float64) * float(f32(1) / c["scale_output"])
-        y[b, i, n] = np.clip(np.rint(v), -128, 127)
-    return y.reshape(batch, seq, h)
-
-
-@pytest.mark.parametrize("per_column", [0, 6, 18])
-@pytest.mark.parametrize("window", [1, 4])
-def test_longformer_loops(per_column, window):
-    case = longformer_case(rng(window), 2, 8, 2, 3, per_column)
-    attrs = {"num_heads": 2, "window": window, "order_input": 1, "order_output": 1}
-    (y,) = qordered_longformer_attention(**case, **attrs)
-    assert np.array_equal(y, longformer_loops(case, 2, window))
-
-
-@pytest.mark.parametrize(("order", "global_order"), [(3, 4), (4, 3)])
-def test_longformer_tiled_equals_row(order, global_order):
-    case = longformer_case(rng(5), 2, 4, 2, 16, 0)
-    attrs = {"num_heads": 2, "window": 2}
-    (want,) = qordered_longformer_attention(**case, **attrs, order_input=1, order_output=1)
-    tiled = dict(case, input=numerics.pack(case["input"], 2))
-    for name, at in (("weight", order), ("global_weight", global_order)):
-        tiled[name] = numerics.pack(case[name].reshape(96, 32), at, (32, 96))
-    (y,) = qordered_longformer_attention(
-        **tiled,
-        **attrs,
-        order_input=2,
-        order_output=2,
-        order_weight=order,
-        order_global_weight=global_order,
-    )
-    assert np.array_equal(numerics.unpack(y, 2), want)
-
-
-def test_longformer_row_blocks_agree():
-    """More rows than a block of the reference: a window crossing the block border stays whole."""
-    case = longformer_case(rng(6), 1, 600, 1, 2, 0)
-    attrs = {"num_heads": 1, "window": 50, "order_input": 1, "order_output": 1}
-    (y,) = qordered_longformer_attention(**case, **attrs)
-    assert np.array_equal(y, longformer_loops(case, 1, 50))
-
-
-def test_longformer_corner_cases():
-    example = dict(LONGFORMER_EXAMPLE, mask=np.full((1, 4), -1e-4, np.float16))
-    assert not qordered_longformer_attention(**example, **LONGFORMER_ATTRS)[0].any()
-    # Only itself attendable: the row copies its V, here 13 * 0.125 / 0.03125 = 52 and -10 * 4.
-    alone = dict(
-        LONGFORMER_EXAMPLE,
-        mask=np.array([[0, -np.inf, -np.inf, -np.inf]], np.float16),
-        global_=np.zeros((1, 4), np.int32),
-    )
-    (y,) = qordered_longformer_attention(**alone, **LONGFORMER_ATTRS)
-    assert y.tolist() == [[[52, -40], [0, 0], [0, 0], [0, 0]]]
-    small = dict(alone, scale_output=f32(1e-6))
-    (y,) = qordered_longformer_attention(**small, **LONGFORMER_ATTRS)
-    assert y[0, 0].tolist() == [127, -128]
-
-
-def minstd_rand0_i8(seed):
-    """Uniform int8 in -128..126 as libstdc++ draws them from std::minstd_rand0."""
-    state, scaling = seed, 2147483645 // 255
-    while True:
-        state = state * 16807 % 2147483647
-        if state - 1 < 255 * scaling:
-            yield (state - 1) // scaling - 128
-
-
-def test_recorded_longformer():
-    """ONNX Runtime's GPU kernel keeps scores in float16: 4000 of its 4096 values agree."""
-    stream = minstd_rand0_i8(666)
-
-    def take(*shape):
-        return np.array(list(itertools.islice(stream, math.prod(shape))), np.int8).reshape(shape)
-
-    x, weight, bias = take(1, 128, 32), take(32, 96), take(96).astype(f32) / f32(2048)
-    global_weight, global_bias = take(32, 96), take(96).astype(f32) / f32(2048)
-    x.reshape(-1)[120:128] = 0
-    mask = np.ones((1, 128), np.float16)
-    mask[:, 120:] = 0
-    flags = np.zeros((1, 128), np.int32)
-    flags[:, :16] = 1
-    (y,) = qordered_longformer_attention(
-        x, f32(1 / 32), weight, f32(1 / 64), bias, f32(1 / 8), f32(1 / 4), mask, global_weight,
-        f32(1 / 64), global_bias, f32(1 / 4), flags, f32(1 / 8),
-        num_heads=2, window=32, order_input=1, order_output=1,
-    )  # fmt: skip
-    recorded = np.loadtxt(DATA / "qordered_longformer_128x32.txt", dtype=np.int64)
-    assert np.count_nonzero(y[0] == recorded) >= 4000

@@ -9,8 +9,36 @@ from tvm.script import tirx as T
 BULK = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 
 
-def test_phases_of_a_barrier():
-    """Three copies one after the other through one buffer and one barrier."""
+# -- pieces of kernels ---------------------------------------------------------------------------
+
+
+@T.inline
+def init(barrier, arrivals):
+    T.ptx["mbarrier.init.shared::cta.b64"](T.address_of(barrier[0]), T.uint32(arrivals))
+
+
+@T.inline
+def copy(target, source, size, barrier):
+    """Arrive and order a copy of ``size`` bytes that belongs to the same phase."""
+    T.ptx["mbarrier.arrive.expect_tx.shared::cta.b64"](T.address_of(barrier[0]), T.uint32(size))
+    T.ptx[BULK](target, source, T.uint32(size), T.address_of(barrier[0]))
+
+
+@T.inline
+def wait(over, barrier, parity):
+    over[0] = T.uint32(0)
+    while over[0] == T.uint32(0):
+        T.ptx["mbarrier.try_wait.parity.shared::cta.b64"](
+            over[0], T.address_of(barrier[0]), T.Cast("uint32", parity)
+        )
+
+
+def copies_in_turn(buffers, fence, all_arrive=False, behind=True):
+    """Three copies on one barrier into ``buffers`` of shared memory. Thread 0 orders each as soon
+    as it has seen the one before land; behind: once all have. all_arrive: so a phase has 65
+    arrivals.
+    """
+    arrivals = 65 if all_arrive else 1
 
     @T.prim_func(s_tir=True, private=True)
     def func(x: T.Buffer((3, 64), "int32"), y: T.Buffer((3, 64), "int32")):
@@ -18,85 +46,47 @@ def test_phases_of_a_barrier():
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                sm = T.alloc_buffer((64,), "int32", scope="shared")
+                sm = T.alloc_buffer((64 * buffers,), "int32", scope="shared")
                 barrier = T.alloc_buffer((1,), "uint64", scope="shared")
                 over = T.alloc_buffer((1,), "uint32", scope="local")
                 if tx == 0:
-                    T.ptx["mbarrier.init.shared::cta.b64"](T.address_of(barrier[0]), T.uint32(65))
-                    T.ptx["fence.proxy.async.shared::cta"]()
+                    init(barrier, arrivals)
+                    T.ptx[fence]()
                 T.cuda.cta_sync()
                 for turn in range(3):
+                    at = T.meta_var(turn % buffers * 64)
                     if tx == 0:
-                        T.ptx["mbarrier.arrive.expect_tx.shared::cta.b64"](
-                            T.address_of(barrier[0]), T.uint32(256)
-                        )
-                        T.ptx[BULK](
-                            T.address_of(sm[0]),
-                            T.address_of(x[turn, 0]),
-                            T.uint32(256),
-                            T.address_of(barrier[0]),
-                        )
-                    T.ptx["mbarrier.arrive.shared::cta.b64"](T.address_of(barrier[0]))
-                    over[0] = T.uint32(0)
-                    while over[0] == T.uint32(0):
-                        T.ptx["mbarrier.try_wait.parity.shared::cta.b64"](
-                            over[0], T.address_of(barrier[0]), T.Cast("uint32", turn % 2)
-                        )
-                    y[turn, tx] = sm[63 - tx]
-                    T.cuda.cta_sync()
-
-    x, y = np.arange(192, dtype=np.int32).reshape(3, 64), np.zeros((3, 64), np.int32)
-    run(func, x, y)
-    assert_array_equal(y, x[:, ::-1])
-
-
-def copies_in_turn(behind):
-    """One thread orders each copy as soon as it has seen the one before land; behind: once all
-    have."""
-
-    @T.prim_func(s_tir=True, private=True)
-    def func(x: T.Buffer((3, 64), "int32"), y: T.Buffer((3, 64), "int32")):
-        for tx in T.thread_binding(64, "threadIdx.x"):
-            with T.sblock("root"):
-                T.reads()
-                T.writes()
-                sm = T.alloc_buffer((192,), "int32", scope="shared")
-                barrier = T.alloc_buffer((1,), "uint64", scope="shared")
-                over = T.alloc_buffer((1,), "uint32", scope="local")
-                if tx == 0:
-                    T.ptx["mbarrier.init.shared::cta.b64"](T.address_of(barrier[0]), T.uint32(1))
-                    T.ptx["fence.mbarrier_init.release.cluster"]()
-                T.cuda.cta_sync()
-                for turn in range(3):
-                    if tx == 0:
-                        T.ptx["mbarrier.arrive.expect_tx.shared::cta.b64"](
-                            T.address_of(barrier[0]), T.uint32(256)
-                        )
-                        T.ptx[BULK](
-                            T.address_of(sm[turn * 64]),
-                            T.address_of(x[turn, 0]),
-                            T.uint32(256),
-                            T.address_of(barrier[0]),
-                        )
-                    over[0] = T.uint32(0)
-                    while over[0] == T.uint32(0):
-                        T.ptx["mbarrier.try_wait.parity.shared::cta.b64"](
-                            over[0], T.address_of(barrier[0]), T.Cast("uint32", turn % 2)
-                        )
-                    y[turn, tx] = sm[turn * 64 + 63 - tx]
+                        copy(T.address_of(sm[at]), T.address_of(x[turn, 0]), 256, barrier)
+                    if all_arrive:
+                        T.ptx["mbarrier.arrive.shared::cta.b64"](T.address_of(barrier[0]))
+                    wait(over, barrier, turn % 2)
+                    y[turn, tx] = sm[at + 63 - tx]
                     if behind:
                         T.cuda.cta_sync()
 
     return func
 
 
+FENCES = ("fence.proxy.async.shared::cta", "fence.mbarrier_init.release.cluster")
+
+
+# -- what the interpreter does with them ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("all_arrive", [False, True], ids=["one arrives", "all arrive"])
+@pytest.mark.parametrize("fence", FENCES)
+@pytest.mark.parametrize("buffers", [1, 3])
+def test_phases_of_a_barrier(buffers, fence, all_arrive):
+    x, y = np.arange(192, dtype=np.int32).reshape(3, 64), np.zeros((3, 64), np.int32)
+    run(copies_in_turn(buffers, fence, all_arrive), x, y)
+    assert_array_equal(y, x[:, ::-1])
+
+
 def test_a_phase_that_may_end_before_the_one_before_is_seen():
     x, y = np.arange(192, dtype=np.int32).reshape(3, 64), np.zeros((3, 64), np.int32)
-    run(copies_in_turn(True), x, y)
-    assert_array_equal(y, x[:, ::-1])
     message = "phase 1 may end before phase 0 is seen: .* thread 1$"
     with pytest.raises(SimtError, match=message):
-        run(copies_in_turn(False), x, y)
+        run(copies_in_turn(3, FENCES[1], behind=False), x, y)
 
 
 def other_thread(fence):
@@ -112,27 +102,15 @@ def other_thread(fence):
                 barrier = T.alloc_buffer((1,), "uint64", scope="shared")
                 over = T.alloc_buffer((1,), "uint32", scope="local")
                 if tx == 0:
-                    T.ptx["mbarrier.init.shared::cta.b64"](T.address_of(barrier[0]), T.uint32(1))
+                    init(barrier, 1)
                     if fence == "before":
                         T.ptx["fence.mbarrier_init.release.cluster"]()
                 T.cuda.cta_sync()
                 if tx == 0 and fence == "after":
                     T.ptx["fence.mbarrier_init.release.cluster"]()
                 if tx == 32:
-                    T.ptx["mbarrier.arrive.expect_tx.shared::cta.b64"](
-                        T.address_of(barrier[0]), T.uint32(16)
-                    )
-                    T.ptx[BULK](
-                        T.address_of(sm[0]),
-                        T.address_of(x[0]),
-                        T.uint32(16),
-                        T.address_of(barrier[0]),
-                    )
-                over[0] = T.uint32(0)
-                while over[0] == T.uint32(0):
-                    T.ptx["mbarrier.try_wait.parity.shared::cta.b64"](
-                        over[0], T.address_of(barrier[0]), T.uint32(0)
-                    )
+                    copy(T.address_of(sm[0]), T.address_of(x[0]), 16, barrier)
+                wait(over, barrier, 0)
                 y[tx] = sm[tx % 4]
 
     return func

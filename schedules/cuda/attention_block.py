@@ -10,7 +10,7 @@ from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
 from ..intrin import cuda, hopper
-from .attention_place import Place, Standing, difference_in_ln2, float32, named, store_records
+from .attention_place import Place, Standing, float32, named, store_records
 from .attention_products import OrdinaryUnits, Products, TensorCores, Warpgroups, shared_row
 from .guard import guard
 from .shared_memory import shared_memory
@@ -262,8 +262,12 @@ class Block(Standing):
             T.buffer_store(best, tir.max(best[k], best[spare]), [k])
         top = tir.max(self.top[k], best[k] * float32(self.scale))
         T.buffer_store(best, top, [k])
-        cuda.exp2(self.correction[k], difference_in_ln2(self.problem, self.top[k] - best[k]))
+        cuda.exp2(self.correction[k], self._in_ln2(self.top[k] - best[k]))
         T.buffer_store(self.top, best[k], [k])
+
+    def _in_ln2(self, difference: Expr) -> Expr:
+        unit = attention.unit_of_scores(self.problem.pse)
+        return attention.difference_in_ln2(difference, unit)
 
     def _row_weights(self, k: int, m: int, h: int) -> None:
         scores = self.products.scores
@@ -271,7 +275,7 @@ class Block(Standing):
 
         def weigh(key: int, at: int) -> None:
             x = scores[at] * float32(self.scale) - self.top[k]
-            cuda.exp2(scores[at], difference_in_ln2(self.problem, x))
+            cuda.exp2(scores[at], self._in_ln2(x))
             T.buffer_store(self.sum, self.sum[k] + scores[at], [k])
             if self.drops:
                 bit = self.kept[k] >> tir.const(key // 8 * 2 + key % 2, "uint32")

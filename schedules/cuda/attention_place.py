@@ -12,14 +12,12 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
-from ...relay_ops.attention import Sequence
+from ...relay_ops.attention import LOG2E, Sequence
 from .arch import WARP, Arch
 from .attention_config import AttentionConfig, draws_alone
 
 if TYPE_CHECKING:
     from ...relay_ops.speed_fusion_attention import AttentionProblem
-
-LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 
 
 class Place(NamedTuple):
@@ -136,9 +134,10 @@ class Standing:
         return p.pse is None and p.scale > 0 and attention.fits_float32(p.scale * LOG2E)
 
     def score(self, qk: Expr, bias: Expr | None) -> Expr:
-        """x of the softmax in `unit_of_maxima`."""
+        """x of the softmax in ``unit_of_scores``."""
         p = self.problem
-        return attention.score(p.pse_type, qk, bias, p.scale * (LOG2E / unit_of_maxima(p)))
+        factor = LOG2E / attention.unit_of_scores(p.pse)
+        return attention.score(p.pse_type, qk, bias, p.scale * factor)
 
     def bias_pair(self, m: int, h: int, j: Expr) -> list[Expr | None]:
         """Bias of key j, which is even, and of the next."""
@@ -230,19 +229,6 @@ def inverse_sum(problem: AttentionProblem, total: Expr) -> Expr:
     return tir.Select(total > float32(0), inverse, float32(0))
 
 
-def unit_of_maxima(problem: AttentionProblem) -> float:
-    """The 1 of the kernels' row maxima in units of ln 2: that is 1, so that a weight is a power of
-    two, but with a bias they are those of x of the softmax, which the largest float32 may be.
-    """
-    return 1.0 if problem.pse is None else LOG2E
-
-
-def difference_in_ln2(problem: AttentionProblem, difference: Expr) -> Expr:
-    """Of two maxima, or of scores with a bias."""
-    unit = unit_of_maxima(problem)
-    return difference if unit == 1 else difference * float32(unit)
-
-
 def store_records(
     problem: AttentionProblem,
     buffers: dict[str, tir.Buffer],
@@ -253,10 +239,9 @@ def store_records(
     count: int,
 ) -> None:
     """``count`` of the repeats of softmax_max and softmax_sum from repeat ``first`` on, from a
-    row's maximum in `unit_of_maxima` and its sum, 0 for a row without keys.
+    row's maximum in ``unit_of_scores`` and its sum, 0 for a row without keys.
     """
-    if problem.pse is None:
-        top = top * float32(LN2)
+    top = attention.in_nats(top, attention.unit_of_scores(problem.pse))
     values = {
         "softmax_max": (top, attention.EMPTY_ROW_MAX),
         "softmax_sum": (total, attention.EMPTY_ROW_SUM),

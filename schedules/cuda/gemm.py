@@ -20,9 +20,7 @@ through all of them, and integer partial sums meet in shared memory, in any orde
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -42,6 +40,7 @@ from . import arch as archs
 from .arch import WARP, Arch
 from .attention_place import named
 from .gemm_config import GemmConfig, configure
+from .gemm_loads import Rows, TileLoads
 from .guard import guard
 from .override import overridden
 from .panels import Panels
@@ -101,22 +100,6 @@ def launch(problem: Problem, config: GemmConfig, arch: Arch, buffers: list[tirx.
     _Kernel(problem, config, arch, buffers).launch()
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """An operand as the copies see it: ``rows`` rows of ``k`` bytes."""
-
-    entry: Callable[[Expr, Expr], Expr]
-    """``entry(row, k)``: the element, for both inside."""
-    rows: Dim
-    k: int
-    run: int
-    """Bytes of a row that lie one after the other and aligned, from every multiple of it on: a
-    power of two, at most 16.
-    """
-    row_run: int = 1
-    """The same of rows, at every k."""
-
-
 class _Kernel:
     """Emits one launch; one object for each."""
 
@@ -146,6 +129,7 @@ class _Kernel:
         fragments = c.warp_m // 16 * (c.warp_n // 8)
         self.acc = T.alloc_buffer((fragments * 4,), "uint32", scope="local")
         self.thread = thread
+        self.tiles = TileLoads(c, self.arch, self.shared, thread)
         self.lane = T.Bind(thread % WARP)
         warp = T.Bind(thread // WARP)
         self.warp = warp
@@ -155,11 +139,11 @@ class _Kernel:
 
         z, tile_m, tile_n = _raster(block, tiles_m, tiles_n)
         self.z = named(z)
-        self.rows_a = _Rows(
+        self.rows_a = Rows(
             lambda row, k: p.a_entry(self.a, p.a_batch(self.z), row, k),
             *(p.m, p.k, gcd(p.a_run, CHUNK), p.a_row_run),
         )
-        self.rows_b = _Rows(
+        self.rows_b = Rows(
             lambda row, k: p.b_entry(self.b, p.b_batch(self.z), row, k),
             *(p.n, p.b_k, CHUNK),
         )
@@ -245,8 +229,8 @@ class _Kernel:
                 with T.If(self.thread == 0), T.Then():
                     self._load_panels(p.b_panels, base_b, self._barrier(stage), step)
             else:
-                self._load_rows(self.rows_b, self.first_col, c.block_n, base_b, step)
-            self._load_rows(self.rows_a, self.first_row, c.block_m, base, step)
+                self.tiles.load(self.rows_b, self.first_col, c.block_n, base_b, step)
+            self.tiles.load(self.rows_a, self.first_row, c.block_m, base, step)
         ptx.commit_copies()
 
     def _load_panels(self, panels: Panels, base: Expr, barrier: Expr, step: Expr) -> None:
@@ -283,81 +267,11 @@ class _Kernel:
     def _load(self, stage: Expr | int, step: Expr) -> None:
         """Step ``step`` of A and B into ``stage``; zeros beyond the end of K."""
         c, base = self.c, stage * self.c.stage_bytes
-        self._load_rows(self.rows_a, self.first_row, c.block_m, base, step)
+        self.tiles.load(self.rows_a, self.first_row, c.block_m, base, step)
         base_b = base + c.block_m * c.block_k
-        self._load_rows(self.rows_b, self.first_col, c.block_n, base_b, step)
+        self.tiles.load(self.rows_b, self.first_col, c.block_n, base_b, step)
         if self.arch.cp_async:
             ptx.commit_copies()
-
-    def _load_rows(self, source: _Rows, first: Expr, rows: int, base: Expr, step: Expr) -> None:
-        """A tile of ``rows`` rows from ``first`` on, to ``base``: each thread some pieces of it."""
-        c = self.c
-        if source.run < 4 and source.row_run % 4 == 0:
-            self._load_columns(source, first, rows, base, step)
-            return
-        size = max(source.run, 4)
-        per_row = c.block_k // size
-        count = rows * per_row
-        for i in range(-(-count // c.threads)):
-            index = self.thread + i * c.threads
-            with guard(index < count, (i + 1) * c.threads > count):
-                row, byte = index // per_row, index % per_row * size
-                chunk = ptx.swizzle(row, byte // CHUNK, c.block_k // CHUNK)
-                target = base + row * c.block_k + chunk * CHUNK + byte % CHUNK
-                target = T.address_of(self.shared[target])
-                self._copy(target, source, first + row, step * c.block_k + byte, size)
-
-    def _load_columns(self, source: _Rows, first: Expr, rows: int, base: Expr, step: Expr) -> None:
-        """The same of columns that are consecutive bytes: squares of 4 x 4 bytes, transposed in
-        registers. Up to eight neighbouring squares of a column are a sector of global memory.
-        """
-        c = self.c
-        words = T.alloc_buffer((4,), "uint32", scope="local")
-        halves = T.alloc_buffer((4,), "uint32", scope="local")
-        count, along, across = rows * c.block_k // 16, c.block_k // 4, gcd(8, rows // 4)
-        for i in range(-(-count // c.threads)):
-            index = self.thread + i * c.threads
-            with guard(index < count, (i + 1) * c.threads > count):
-                row = named((index // (across * along) * across + index % across) * 4)
-                byte = named(index // across % along * 4)
-                m, k = named(first + row), named(step * c.block_k + byte)
-                for d in range(4):
-                    T.buffer_store(words, tirx.const(0, "uint32"), [d])
-                    with T.If(tirx.all(m < source.rows, k + d < source.k)), T.Then():
-                        address = T.address_of(source.entry(m, k + d))
-                        T.evaluate(T.ptx["ld.global.b32"](words[d], address))
-                ptx.transpose_bytes(words, halves)
-                for r in range(4):
-                    chunk = ptx.swizzle(row + r, byte // CHUNK, c.block_k // CHUNK)
-                    target = base + (row + r) * c.block_k + chunk * CHUNK + byte % CHUNK
-                    T.evaluate(T.ptx["st.shared.b32"](T.address_of(self.shared[target]), words[r]))
-
-    def _copy(self, target: Expr, source: _Rows, row: Expr, k: Expr, size: int) -> None:
-        """``size`` bytes of a row, zeros beyond its end."""
-        inside = tirx.all(row < source.rows, k < source.k)
-        row = tirx.min(row, source.rows - 1)
-        if source.run < 4:
-            word = tirx.const(0, "uint32")
-            for i in range(4):
-                byte = source.entry(row, tirx.min(k + i, source.k - 1))
-                byte = byte.astype("uint8").astype("uint32") << tirx.const(8 * i, "uint32")
-                valid = tirx.all(inside, k + i < source.k)
-                word = word | tirx.if_then_else(valid, byte, tirx.const(0, "uint32"))
-            T.evaluate(T.ptx["st.shared.b32"](target, word))
-            return
-        address = T.address_of(source.entry(row, tirx.min(k, source.k - size)))
-        if self.arch.cp_async:
-            ptx.copy_async(target, address, size, inside)
-            return
-        words = size // 4
-        held = T.alloc_buffer((words,), "uint32", scope="local")
-        registers = [held[i] for i in range(words)]
-        for i in range(words):
-            T.buffer_store(held, tirx.const(0, "uint32"), [i])
-        vector = f".v{words}" if words > 1 else ""
-        with T.If(inside), T.Then():
-            T.evaluate(T.ptx[f"ld.global{vector}.b32"](*registers, address))
-        T.evaluate(T.ptx[f"st.shared{vector}.b32"](target, *registers))
 
     def _multiply(self, stage: Expr) -> None:
         """The products of one stage; warps that split K take every ``warps_k``-th 32 bytes."""

@@ -12,10 +12,11 @@ import tvm.tirx as tir
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
+from ...relay_ops.attention import LOG2E
 from ..intrin import cuda
 from .arch import WARP, Arch
 from .attention_config import AttentionConfig
-from .attention_place import LOG2E, float32, int32, named
+from .attention_place import float32, int32, named
 from .attention_products import TensorCores, chunk_offset
 from .guard import guard
 from .shared_memory import shared_memory

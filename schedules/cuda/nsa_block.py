@@ -13,10 +13,10 @@ import tvm.tirx as tir
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from ...relay_ops.attention import times
+from ...relay_ops.attention import LN2, LOG2E, times
 from ..intrin import cuda
 from .arch import WARP, Arch
-from .attention_place import LN2, LOG2E, float32, named
+from .attention_place import float32, named
 from .attention_products import OrdinaryUnits, TensorCores
 from .nsa_config import NsaConfig
 from .nsa_mask import Reach, reach

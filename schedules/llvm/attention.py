@@ -39,6 +39,7 @@ from tvm.tirx.script.builder import ir as T
 from ...relay_ops.attention import Sequence
 from ..dimensions import own_dimensions
 from ..intrin import barrier, bits, x86_amx, x86_bf16
+from . import matrix_tiles
 from .attention_amx import TileTask
 from .attention_bf16 import PairTile
 from .attention_operands import HALF_BYTES
@@ -169,8 +170,7 @@ def _tile_config(problem: AttentionProblem, config: AttentionConfig) -> Attentio
         if not split and problem.D <= 128:
             groups = 32
         rows = sequences * problem.N1 * problem.S1
-        while groups > 2 and rows < tasks * groups * config.width:
-            groups //= 2
+        groups = matrix_tiles.groups(groups, config.width, rows, tasks)
     by_pair = problem.pse == "rows" or problem.mask
     tiles = 1
     if groups > 2 and (by_pair or (not split and small)):
@@ -209,7 +209,7 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
     unit = vector_unit(target)
     config = configure(problem, unit)
     whole = problem.dtype == "bfloat16"
-    tiles = _has_matrix_tiles(unit, target) and (whole or splits(problem.dtype, problem.scale))
+    tiles = matrix_tiles.available(target) and (whole or splits(problem.dtype, problem.scale))
     if tiles:
         config = _tile_config(problem, config)
     with IRBuilder() as builder:
@@ -236,11 +236,6 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
                 if config.parts > 1:
                     _join(row_tile, B, S1, S2)
         return builder.get()
-
-
-def _has_matrix_tiles(unit: VectorUnit, target: Target) -> bool:
-    """Those of AMX, beside vectors that are as wide as their rows."""
-    return unit.lanes == x86_amx.LANES and x86_amx.available_bf16(target)
 
 
 def _products(

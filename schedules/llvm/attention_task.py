@@ -13,7 +13,7 @@ from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
 from ...relay_ops.attention import Sequence
-from .vector import LN2, LOG2E, VectorUnit, float32, from_float32, load_lanes, to_float32
+from .vector import LOG2E, VectorUnit, float32, from_float32, load_lanes, to_float32
 
 if TYPE_CHECKING:
     from ...relay_ops.speed_fusion_attention import AttentionProblem
@@ -144,22 +144,16 @@ class Task:
 
     @property
     def score_unit(self) -> float:
-        """The 1 of the kernel's scores, in units of ln 2: that is 1, so that a weight is a power of
-        two, but with a bias scores are x of the softmax, which the largest float32 may be.
-        """
-        return 1.0 if self.problem.pse is None else LOG2E
+        """The 1 of the kernel's scores, in units of ln 2."""
+        return attention.unit_of_scores(self.problem.pse)
 
     def score(self, qk: Expr, bias: Expr | None) -> Expr:
         p = self.problem
         return attention.score(p.pse_type, qk, bias, p.scale * (LOG2E / self.score_unit))
 
     def in_ln2(self, difference: Expr) -> Expr:
-        """The difference of two scores in units of ln 2. It is taken first: a product that both
-        round each for itself, or not at all in a multiply-add, would be hundreds off where scores
-        are large.
-        """
-        unit = self.score_unit
-        return difference if unit == 1 else difference * float32(unit, difference)
+        """The difference of two scores in units of ln 2."""
+        return attention.difference_in_ln2(difference, self.score_unit)
 
     def draws(self) -> tir.Buffer | None:
         """Room for the products of the generator's rounds, where dropout matters."""
@@ -207,8 +201,7 @@ class Task:
         """softmax_max and softmax_sum of row i0 + r from the maximum of its scores and its sum; a
         row without keys has a sum of 0 so far.
         """
-        if self.score_unit != LOG2E:
-            top = top * float32(self.score_unit * LN2)
+        top = attention.in_nats(top, self.score_unit)
         values = {
             "softmax_max": (top, attention.EMPTY_ROW_MAX),
             "softmax_sum": (total, attention.EMPTY_ROW_SUM),

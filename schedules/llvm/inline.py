@@ -8,16 +8,33 @@ calls thirty such functions.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Lock
 
 from tvm.script.parser.core.parser import Parser, ScriptMacro
 
 REPLACED = "_find_parser_def"
-"""The method of TVM's ``ScriptMacro`` that ``find_parsers_by_frames`` replaces."""
+"""The method of TVM's ``ScriptMacro`` that ``parsers_by_frames`` replaces."""
+
+_lock = Lock()
+_replaced: list[Callable[[ScriptMacro], Parser]] = []
+"""What each use under way found: TVM's method, then ours. So the last to end, in whichever thread,
+restores TVM's.
+"""
 
 
-def find_parsers_by_frames() -> None:
-    """The same search in all of the process."""
-    setattr(ScriptMacro, REPLACED, _find_parser)
+@contextmanager
+def parsers_by_frames() -> Iterator[None]:
+    """The same search, meanwhile. Also a decorator of what parses a kernel."""
+    with _lock:
+        _replaced.append(getattr(ScriptMacro, REPLACED))
+        setattr(ScriptMacro, REPLACED, _find_parser)
+    try:
+        yield
+    finally:
+        with _lock:
+            setattr(ScriptMacro, REPLACED, _replaced.pop())
 
 
 def _find_parser(macro: ScriptMacro) -> Parser:

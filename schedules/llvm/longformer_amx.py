@@ -30,7 +30,9 @@ from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops.attention import Interval, Sequence
 from ...relay_ops.orders import COLS
+from ...relay_ops.quant import int8_cast
 from ..intrin import barrier, x86_amx
+from . import matrix_tiles
 from .attention import SPLIT_TASKS, AttentionConfig
 from .attention_amx import BLOCK
 from .attention_row import RowTile
@@ -46,11 +48,6 @@ FEW_TOKENS = 2
 _UNBOUNDED = 2**30  # more than the distance of any two tokens
 _ROW_BYTES = 16  # of a row of int8 that are copied at once
 _ELSEWHERE = -1  # where a row goes that another task computes
-
-
-def available(target: Target) -> bool:
-    """Whether ``target`` has such tiles, beside vectors that are as wide as their rows."""
-    return vector_unit(target).lanes == x86_amx.LANES and x86_amx.available_bf16(target)
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,8 @@ def configure(problem: Problem) -> AttentionConfig:
     )
     if isinstance(problem.batch, int) and isinstance(problem.seq, int):
         rows = problem.batch * problem.num_heads * problem.seq
-        while config.groups > 2 and rows < SPLIT_TASKS * config.rows:
-            config = replace(config, groups=config.groups // 2)
+        groups = matrix_tiles.groups(config.groups, config.width, rows, SPLIT_TASKS)
+        return replace(config, groups=groups)
     return config
 
 
@@ -96,6 +93,8 @@ class LayerTask(Task):
     """Rows i0, i0 + 1, ... of a head: positions, or with ``is_global`` global tokens."""
 
     longformer: Problem
+    to_int8: Callable[[Expr], Expr]
+    """float32 to the nearest int8, saturated."""
 
     def stand_at(self, other: LayerTask) -> None:
         super().stand_at(other)
@@ -124,8 +123,7 @@ class LayerTask(Task):
 
     def quantised(self, value: Expr) -> Expr:
         rounded = to_float32(from_float32(value, "float16", self.unit), self.unit)
-        rounded = tir.nearbyint(rounded * self.inverse_scale)
-        return tir.max(tir.min(rounded, float32(127)), float32(-128)).astype("int8")
+        return self.to_int8(rounded * self.inverse_scale)
 
     def output_index(self, s: Expr, d: Expr, v: Expr | int) -> list[Expr]:
         """Of elements d + v of row s; those of one d lie in one panel of 32 columns."""
@@ -370,7 +368,8 @@ def build_attention(problem: Problem, target: Target) -> tir.PrimFunc:
                 name: T.arg(name, T.buffer(shape, dtype))
                 for name, (shape, dtype) in arguments.items()
             }
-            parts = (Head(problem.head_size), config, vector_unit(target), buffers, {}, problem)
+            head, unit = Head(problem.head_size), vector_unit(target)
+            parts = (head, config, unit, buffers, {}, problem, int8_cast(target))
             tiles, rows = TileRows(*parts), GlobalRows(*parts)
             with T.attr(0, x86_amx.IMPORT, x86_amx.SOURCE + barrier.SOURCE):
                 refused = f"QOrderedLongformerAttention: {x86_amx.REFUSED}"

@@ -25,6 +25,7 @@ from tvm.tirx import PrimFunc
 
 from ..intrin import x86_amx, x86_bf16
 from . import nsa_amx
+from .inline import parsers_by_frames
 from .nsa_lengths import find_sequence, first_slot, guard, slots, start
 from .nsa_records import COPIES, row_clearing
 from .nsa_vector import VectorTask
@@ -38,6 +39,7 @@ _STRIPS = 256
 buffers are worth their allocation."""
 
 
+@parsers_by_frames()
 def attend_select(problem: Problem, target: Target) -> PrimFunc:
     """The kernel; its arguments are those of ``Problem``."""
     tiled = nsa_amx.available(problem, target)
