@@ -40,25 +40,22 @@ from .attention_amx import (
     SIDE,
     load_tile,
     multiply_tiles,
-    round_pairs_up,
     store_tile,
 )
 from .attention_task import opaque
+from .nsa_amx_mask import find_live, hide, stage_mask, uncover
+from .nsa_amx_weights import find_tops, score_blocks, weigh
 from .nsa_lengths import slots
 from .nsa_records import record_writing
-from .nsa_select import FORCED, TAKEN, WIDTH, selection
+from .nsa_select import WIDTH, selection
 from .nsa_stream import OutputStream
 from .nsa_tile import FLT_MAX
 from .transpose import transpose_square
 from .vector import (
     LOG2E,
-    exp2_weight,
-    float32,
     from_float32,
     load_lanes,
-    max_lanes,
     ramp,
-    sum_lanes,
     vector_unit,
 )
 
@@ -67,11 +64,7 @@ if TYPE_CHECKING:
 
 _WORD, _HALF = 4, 2
 """Bytes."""
-_FOR_READING, _FOR_WRITING = (0, 2, 1), (1, 2, 1)
-"""Operands of ``llvm.prefetch``: read or write, into the second-level cache, data."""
 _SMALLEST = 2.0**-126
-_DEGREE = 4
-"""Of the polynomial behind the weights: enough for results of half width."""
 
 
 @dataclass(frozen=True)
@@ -235,71 +228,6 @@ class TileTask:
 
     # -- statements of a task -----------------------------------------------------------------
 
-    def stage_mask(self, w, Mask, t0, rows, keys) -> None:
-        """hidden [row][key], 1 beyond the last key up to a whole group."""
-        with T.serial(rows) as row:
-            whole = keys // BLOCK * BLOCK
-            with T.serial(keys // BLOCK) as part:
-                bits = _bytes(Mask, t0 + row, part * BLOCK)
-                T.buffer_store(w.hidden, bits, [row, ramp(part * BLOCK, BLOCK)])
-            T.buffer_store(
-                w.hidden, tir.Broadcast(tir.const(1, "uint8"), BLOCK), [row, ramp(whole, BLOCK)]
-            )
-            with T.If(keys >= BLOCK):
-                with T.Then():
-                    # The last whole group of the row, over what is there already.
-                    first = keys - BLOCK
-                    bits = _bytes(Mask, t0 + row, first)
-                    T.buffer_store(w.hidden, bits, [row, ramp(first, BLOCK)])
-                with T.Else(), T.serial(keys) as key:
-                    bit = Mask[t0 + row, key].astype("uint8")
-                    T.buffer_store(w.hidden, bit, [row, key])
-
-    def find_live(self, w, rows, keys) -> None:
-        """live [i] = a group of keys that a row sees, partial [i] = not all rows see all; count [0]
-        of them, count [1] = 1 + the last.
-        """
-        for slot in range(2):
-            T.buffer_store(w.count, tir.const(0, "int32"), [slot])
-        groups = (keys + (BLOCK - 1)) // BLOCK
-        all_, any_ = (T.alloc_buffer((BLOCK,), "uint8", scope="local") for _ in range(2))
-        lanes = ramp(0, BLOCK)
-
-        def const(value: int) -> Expr:
-            return tir.Broadcast(tir.const(value, "uint8"), BLOCK)
-
-        def words(x: Buffer) -> list[Expr]:
-            vector = tir.reinterpret("uint64x4", load_lanes(x, [0], BLOCK))
-            vector = T.Bind(vector)
-            return [tir.Shuffle([vector], [i]) for i in range(4)]
-
-        with T.serial(groups) as group:
-            first = group * BLOCK
-            if self.problem.atten_mask is None:
-                dead = None
-                partial = (first + BLOCK > keys).astype("int32")
-            else:
-                T.buffer_store(all_, const(255), [lanes])
-                T.buffer_store(any_, const(0), [lanes])
-                with T.serial(rows) as row:
-                    x = T.Bind(load_lanes(w.hidden, [row, first], BLOCK))
-                    masked = tir.Select(x != const(0), const(255), const(0))
-                    T.buffer_store(all_, load_lanes(all_, [0], BLOCK) & masked, [lanes])
-                    T.buffer_store(any_, load_lanes(any_, [0], BLOCK) | x, [lanes])
-                a, b, c, d = words(all_)
-                dead = (a & b & c & d) == tir.const(2**64 - 1, "uint64")
-                a, b, c, d = words(any_)
-                partial = ((a | b | c | d) != tir.const(0, "uint64")).astype("int32")
-            T.buffer_store(w.live, group.astype("int32"), [w.count[0]])
-            T.buffer_store(w.partial, partial, [w.count[0]])
-            if dead is None:
-                T.buffer_store(w.count, w.count[0] + 1, [0])
-                T.buffer_store(w.count, group.astype("int32") + 1, [1])
-            else:
-                T.buffer_store(w.count, w.count[0] + tir.Select(dead, 0, 1), [0])
-                last = tir.Select(dead, w.count[1], group.astype("int32") + 1)
-                T.buffer_store(w.count, last, [1])
-
     def load_queries(self, w, X, token, rows, h2) -> None:
         """Q [m], negated where the scale is; rows beyond ``rows`` repeat the last one."""
         if self.queries_in_place:
@@ -345,111 +273,7 @@ class TileTask:
                     column = group * BLOCK + SIDE * (tile % 2)
                     store_tile(tile, w.S[row, column], pitch)
                 with T.If(w.partial[i] != 0), T.Then():
-                    self._hide(w, block, group, rows, keys)
-
-    def _hide(self, w, block: Expr, group: Expr, rows: Expr, keys: Expr) -> None:
-        """Minus infinity for the masked scores of 32 rows and 32 keys; a masked key may score
-        NaN.
-        """
-        none = tir.Broadcast(float32(float("-inf")), SIDE)
-        with T.serial(BLOCK) as r:
-            m = block * BLOCK + r
-            t = tir.min((m // self.problem.group).astype("int64"), rows - 1)
-            for side in range(2):
-                first = group * BLOCK + side * SIDE
-                if self.problem.atten_mask is None:
-                    lane = tir.Ramp(first.astype("int32"), tir.const(1, "int32"), SIDE)
-                    gone = lane >= tir.Broadcast(keys.astype("int32"), SIDE)
-                else:
-                    bits = load_lanes(w.hidden, [t, first], SIDE)
-                    gone = bits != tir.Broadcast(tir.const(0, "uint8"), SIDE)
-                index = [m, ramp(first, SIDE)]
-                T.buffer_store(w.S, tir.Select(gone, none, tir.BufferLoad(w.S, index)), index)
-
-    def find_tops(self, w, blocks) -> None:
-        """top [m] in units of ln 2, -FLT_MAX without a visible key."""
-        low = float32(-FLT_MAX)
-        best = T.alloc_buffer((2, SIDE), "float32", scope="local")
-        with T.serial(blocks * BLOCK) as m:
-            for side in range(2):
-                none = tir.Broadcast(float32(float("-inf")), SIDE)
-                T.buffer_store(best, none, [side, ramp(0, SIDE)])
-            with T.serial(w.count[0]) as i:
-                for side in range(2):
-                    x = load_lanes(w.S, [m, w.live[i] * BLOCK + side * SIDE], SIDE)
-                    top = tir.max(load_lanes(best, [side, 0], SIDE), x)
-                    T.buffer_store(best, top, [side, ramp(0, SIDE)])
-            both = T.Bind(tir.max(*(load_lanes(best, [side, 0], SIDE) for side in range(2))))
-            top = T.Bind(max_lanes(both))
-            none = top == float32(float("-inf"))
-            T.buffer_store(w.top, tir.Select(none, low, top * float32(self.factor)), [m])
-
-    def uncover(self, w, blocks, keys) -> None:
-        """A row without a visible key takes the mean of all: its scores are alike, and no key is
-        left out.
-        """
-        low = float32(-FLT_MAX)
-        M = blocks * BLOCK
-        some = T.alloc_buffer((1,), "int32", scope="local")
-        T.buffer_store(some, tir.const(0, "int32"), [0])
-        with T.serial(M) as m:  # a minimum would forget what it met before a NaN
-            T.buffer_store(some, some[0] | (w.top[m] == low).astype("int32"), [0])
-        with T.If(some[0] != 0), T.Then():
-            groups = (keys + (BLOCK - 1)) // BLOCK
-            none = float32(float("-inf"))
-            covered = T.alloc_buffer((1,), "int32", scope="local")
-            T.buffer_store(covered, tir.const(0, "int32"), [0])
-            with T.serial(groups) as group:
-                at = tir.min(covered[0], w.count[0] - 1)
-                known = tir.all(covered[0] < w.count[0], w.live[tir.max(at, 0)] == group)
-                with T.serial(M) as m, T.serial(BLOCK) as k:
-                    key = group * BLOCK + k
-                    alike = tir.Select(key < keys, float32(0), none)
-                    left = tir.if_then_else(known, w.S[m, key], none)
-                    T.buffer_store(w.S, tir.Select(w.top[m] == low, alike, left), [m, key])
-                T.buffer_store(covered, covered[0] + known.astype("int32"), [0])
-            with T.serial(groups) as group:
-                T.buffer_store(w.live, group.astype("int32"), [group])
-            for slot in range(2):
-                T.buffer_store(w.count, groups.astype("int32"), [slot])
-
-    def weigh(self, w, blocks, X, Out, token, h2, ahead) -> None:
-        """S = exp(S - M), P the same as pairs of bfloat16, total and inverse.
-
-        Asks for the row of the output, and for that of the queries of the next task.
-        """
-        G = self.problem.group
-        low, zero = float32(-FLT_MAX), float32(0)
-        sums = T.alloc_buffer((2, SIDE), "float32", scope="local")
-        with T.serial(blocks * BLOCK) as m:
-            index = [token + m // G, h2 * G + m % G]
-            if self.wants_out:
-                with T.If(tir.Not(self.stream.wanted(Out))), T.Then():
-                    _prefetch(Out, index, self.problem.value_size, _FOR_WRITING)
-            _prefetch(X, [index[0] + ahead, index[1]], self.problem.head_size, _FOR_READING)
-            base = T.Bind(tir.Select(w.top[m] == low, zero, w.top[m]))
-            for side in range(2):
-                T.buffer_store(sums, tir.Broadcast(zero, SIDE), [side, ramp(0, SIDE)])
-            with T.serial(w.count[0]) as i:
-                (group,) = opaque("int32", [w.live[i]])
-                halves = []
-                for side in range(2):
-                    index = [m, ramp(group * BLOCK + side * SIDE, SIDE)]
-                    x = tir.BufferLoad(w.S, index) * tir.Broadcast(float32(self.factor), SIDE)
-                    x = T.Bind(x - tir.Broadcast(base, SIDE))
-                    weight = T.Bind(exp2_weight(x, self.unit, _DEGREE))
-                    T.buffer_store(w.S, weight, index)
-                    total = load_lanes(sums, [side, 0], SIDE) + weight
-                    T.buffer_store(sums, total, [side, ramp(0, SIDE)])
-                    halves.append(weight)
-                if self.wants_out:
-                    index = [m, ramp(group * SIDE, SIDE)]
-                    T.buffer_store(w.P, round_pairs_up(*halves), index)
-            both = T.Bind(load_lanes(sums, [0, 0], SIDE) + load_lanes(sums, [1, 0], SIDE))
-            total = T.Bind(sum_lanes(both))
-            T.buffer_store(w.total, total, [m])
-            inverse = tir.Select(total > zero, float32(1) / total, zero)
-            T.buffer_store(w.inverse, inverse, [m])
+                    hide(self, w, block, group, rows, keys)
 
     def multiply_values(self, w, V, Out, h2, slot, token, rows, blocks) -> None:
         """Out = P . V / L, 32 rows and 32 channels at a time."""
@@ -507,63 +331,6 @@ class TileTask:
             return tir.reinterpret(f"bfloat16x{SIDE}", x86_bf16.round_bits(x))
         return from_float32(x, "bfloat16", self.unit)
 
-    # -- selection ----------------------------------------------------------------------------
-
-    def score_blocks(self, w, Forced, row, t, keys) -> None:
-        """score [0] of query row ``row`` of the task, ``t`` of its sequence."""
-        p, L = self.problem, SIDE
-        count = w.count[1].astype("int64")
-        zero = tir.Broadcast(float32(0), L)
-        front = self.front
-        with T.serial(front) as i:
-            T.buffer_store(w.sums, float32(0), [i])
-        # Behind the last group that a row sees, as far as the windows reach.
-        with T.serial(count * 2 + -(-p.taps // L) + 1) as part:
-            T.buffer_store(w.sums, zero, [ramp(front + part * L, L)])
-        self._add_heads(w, row)
-        seen = tir.min(count * BLOCK, keys)
-        blocks, some = p.blocks(keys), tir.min(p.blocks(keys), p.blocks_from(seen))
-        blocks, some = opaque("int64", [blocks, tir.max(some, 0)])
-        stride, origin = p.blocks_stride, p.newest_key(0)
-        acc = T.alloc_buffer((L,), "float32", scope="local")
-        # windows [i] ends at key i + origin.
-        with T.serial(((some - 1) * stride + L) // L) as part:
-            T.buffer_store(acc, zero, [ramp(0, L)])
-            with T.serial(p.taps) as c:
-                at = front + part * L + origin - c
-                weight = p.weight(c).astype("float32")
-                x = load_lanes(w.sums, [at], L) * tir.Broadcast(weight, L)
-                T.buffer_store(acc, load_lanes(acc, [0], L) + x, [ramp(0, L)])
-            T.buffer_store(w.windows, load_lanes(acc, [0], L), [ramp(part * L, L)])
-        with T.serial(some) as j:
-            T.buffer_store(w.score, w.windows[j * stride], [0, j])
-        with T.serial(blocks - some) as j:
-            T.buffer_store(w.score, float32(0), [0, some + j])
-        if p.topk_mask is not None:
-            with T.serial(blocks) as j:
-                forced = Forced[t, j].astype("int32") != 0
-                score = tir.Select(forced, float32(FORCED), w.score[0, j])
-                T.buffer_store(w.score, score, [0, j])
-        with T.serial((blocks + (WIDTH - 1)) // WIDTH * WIDTH - blocks) as j:
-            T.buffer_store(w.score, float32(TAKEN), [0, blocks + j])
-
-    def _add_heads(self, w, row) -> None:
-        """sums [front + key] = sum over heads of P of a query row."""
-        G = self.problem.group
-        heads = min(G, self.config.heads)
-        with T.serial(G // heads) as chunk:
-            m = row * G + chunk * heads
-            inverse = [T.Bind(tir.Broadcast(w.inverse[m + g], SIDE)) for g in range(heads)]
-            with T.serial(w.count[0]) as i:
-                (group,) = opaque("int32", [w.live[i]])
-                for side in range(2):
-                    first = group * BLOCK + side * SIDE
-                    at = [ramp(self.front + first, SIDE)]
-                    total = tir.BufferLoad(w.sums, at)
-                    for g in range(heads):
-                        total = total + load_lanes(w.S, [m + g, first], SIDE) * inverse[g]
-                    T.buffer_store(w.sums, total, at)
-
 
 def _attending(task: TileTask):
     """An inline ``attend`` with the arguments of that in ``nsa_vector``."""
@@ -598,15 +365,15 @@ def _attending(task: TileTask):
     ):
         blocks: TS.int64 = TS.ceildiv(rows * G, BLOCK)
         if has_mask:
-            task.stage_mask(w, Mask, t0, rows, keys)
-        task.find_live(w, rows, keys)
+            stage_mask(task, w, Mask, t0, rows, keys)
+        find_live(task, w, rows, keys)
         task.load_queries(w, X, q0 + t0, rows, h2)
         task.score_groups(w, X, K, q0 + t0, h2, slot, rows, keys, blocks)
-        task.find_tops(w, blocks)
+        find_tops(task, w, blocks)
         if has_mask and not p.zero_masked_rows:
-            task.uncover(w, blocks, keys)
+            uncover(task, w, blocks, keys)
         if wants_weights:
-            task.weigh(w, blocks, X, Out, q0 + t0, h2, ahead)
+            weigh(task, w, blocks, X, Out, q0 + t0, h2, ahead)
         if wants_out:
             task.multiply_values(w, V, Out, h2, slot, q0 + t0, rows, blocks)
         if wants_max or wants_sum:
@@ -616,19 +383,7 @@ def _attending(task: TileTask):
                 )  # fmt: skip
         if wants_blocks:
             for row in range(rows):
-                task.score_blocks(w, Forced, row, t0 + row, keys)
+                score_blocks(task, w, Forced, row, t0 + row, keys)
                 select_blocks(w.score, 0, Indices, q0 + t0 + row, h2, p.blocks(keys))
 
     return attend
-
-
-def _prefetch(buffer: Buffer, index: list[Expr], size: int, how: tuple[int, ...]) -> None:
-    """Ask for a row of bfloat16."""
-    for first in range(0, size, x86_amx.ROW_BYTES // _HALF):
-        address = tir.address_of(buffer[(*index, first)])
-        T.evaluate(tir.call_intrin("void", "tirx.prefetch", address, *how))
-
-
-def _bytes(Mask: Buffer, row: Expr, first: Expr) -> Expr:
-    """32 elements of a mask row as uint8."""
-    return load_lanes(Mask, [row, first], BLOCK).astype(f"uint8x{BLOCK}")
