@@ -50,30 +50,22 @@ def find_live(task: TileTask, w, rows, keys) -> None:
     all_, any_ = (T.alloc_buffer((BLOCK,), "uint8", scope="local") for _ in range(2))
     lanes = ramp(0, BLOCK)
 
-    def const(value: int) -> Expr:
-        return tir.Broadcast(tir.const(value, "uint8"), BLOCK)
-
-    def words(x: Buffer) -> list[Expr]:
-        vector = tir.reinterpret("uint64x4", load_lanes(x, [0], BLOCK))
-        vector = T.Bind(vector)
-        return [tir.Shuffle([vector], [i]) for i in range(4)]
-
     with T.serial(groups) as group:
         first = group * BLOCK
         if task.problem.atten_mask is None:
             dead = None
             partial = (first + BLOCK > keys).astype("int32")
         else:
-            T.buffer_store(all_, const(255), [lanes])
-            T.buffer_store(any_, const(0), [lanes])
+            T.buffer_store(all_, _every(255), [lanes])
+            T.buffer_store(any_, _every(0), [lanes])
             with T.serial(rows) as row:
                 x = T.Bind(load_lanes(w.hidden, [row, first], BLOCK))
-                masked = tir.Select(x != const(0), const(255), const(0))
+                masked = tir.Select(x != _every(0), _every(255), _every(0))
                 T.buffer_store(all_, load_lanes(all_, [0], BLOCK) & masked, [lanes])
                 T.buffer_store(any_, load_lanes(any_, [0], BLOCK) | x, [lanes])
-            a, b, c, d = words(all_)
+            a, b, c, d = _words(all_)
             dead = (a & b & c & d) == tir.const(2**64 - 1, "uint64")
-            a, b, c, d = words(any_)
+            a, b, c, d = _words(any_)
             partial = ((a | b | c | d) != tir.const(0, "uint64")).astype("int32")
         T.buffer_store(w.live, group.astype("int32"), [w.count[0]])
         T.buffer_store(w.partial, partial, [w.count[0]])
@@ -106,17 +98,30 @@ def hide(task: TileTask, w, block: Expr, group: Expr, rows: Expr, keys: Expr) ->
             T.buffer_store(w.S, tir.Select(gone, none, tir.BufferLoad(w.S, index)), index)
 
 
+def find_blind(task: TileTask, w, rows, keys) -> None:
+    """blind [0] = whether some row sees no key, and takes the mean of all."""
+    T.buffer_store(w.blind, tir.const(0, "int32"), [0])
+    if task.problem.atten_mask is None or task.problem.zero_masked_rows:
+        return
+    covered = T.alloc_buffer((BLOCK,), "uint8", scope="local")
+    with T.serial(rows) as row:
+        T.buffer_store(covered, _every(1), [ramp(0, BLOCK)])
+        with T.serial((keys + (BLOCK - 1)) // BLOCK) as group:
+            hidden = load_lanes(w.hidden, [row, group * BLOCK], BLOCK)
+            left = tir.Select(hidden != _every(0), load_lanes(covered, [0], BLOCK), _every(0))
+            T.buffer_store(covered, left, [ramp(0, BLOCK)])
+        a, b, c, d = _words(covered)
+        none = ((a & b & c & d) == tir.const(0x0101010101010101, "uint64")).astype("int32")
+        T.buffer_store(w.blind, w.blind[0] | none, [0])
+
+
 def uncover(task: TileTask, w, blocks, keys) -> None:
     """A row without a visible key takes the mean of all: its scores are alike, and no key is
     left out.
     """
     low = float32(-FLT_MAX)
     M = blocks * BLOCK
-    some = T.alloc_buffer((1,), "int32", scope="local")
-    T.buffer_store(some, tir.const(0, "int32"), [0])
-    with T.serial(M) as m:  # a minimum would forget what it met before a NaN
-        T.buffer_store(some, some[0] | (w.top[m] == low).astype("int32"), [0])
-    with T.If(some[0] != 0), T.Then():
+    with T.If(w.blind[0] != 0), T.Then():
         groups = (keys + (BLOCK - 1)) // BLOCK
         none = float32(float("-inf"))
         covered = T.alloc_buffer((1,), "int32", scope="local")
@@ -139,3 +144,13 @@ def uncover(task: TileTask, w, blocks, keys) -> None:
 def _bytes(Mask: Buffer, row: Expr, first: Expr) -> Expr:
     """32 elements of a mask row as uint8."""
     return load_lanes(Mask, [row, first], BLOCK).astype(f"uint8x{BLOCK}")
+
+
+def _every(value: int) -> Expr:
+    return tir.Broadcast(tir.const(value, "uint8"), BLOCK)
+
+
+def _words(x: Buffer) -> list[Expr]:
+    """32 bytes as four uint64."""
+    vector = T.Bind(tir.reinterpret("uint64x4", load_lanes(x, [0], BLOCK)))
+    return [tir.Shuffle([vector], [i]) for i in range(4)]

@@ -12,7 +12,7 @@ from tvm.tirx import Buffer
 from tvm.tirx.script.builder import ir as T
 
 from ..intrin import x86_amx
-from .attention_amx import BLOCK, SIDE, round_pairs_up
+from .attention_amx import BLOCK, SIDE
 from .attention_task import opaque
 from .nsa_select import FORCED, TAKEN, WIDTH
 from .nsa_tile import FLT_MAX
@@ -21,19 +21,32 @@ from .vector import exp2_weight, float32, load_lanes, max_lanes, ramp, sum_lanes
 if TYPE_CHECKING:
     from .nsa_amx import TileTask
 
-_HALF = 2
-"""Bytes."""
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _FOR_READING, _FOR_WRITING = (0, 2, 1), (1, 2, 1)
 """Operands of ``llvm.prefetch``: read or write, into the second-level cache, data."""
-_DEGREE = 4
-"""Of the polynomial behind the weights: enough for results of half width."""
 
 
-def find_tops(task: TileTask, w, blocks) -> None:
-    """top [m] in units of ln 2, -FLT_MAX without a visible key."""
-    low = float32(-FLT_MAX)
+def ask_ahead(task: TileTask, X, Out, at, m, strip) -> None:
+    """Ask for 32 channels of row m, of queries of the next task and of the output."""
+    G = task.problem.group
+    token, head, first = at.token + m // G, at.h2 * G + m % G, strip * BLOCK
+    _prefetch(X, [token + at.ahead, head, first], _FOR_READING)
+    if task.wants_out:
+        wanted = tir.Not(task.stream.wanted(Out))
+        if task.strips * BLOCK < task.depth:
+            wanted = tir.all(wanted, strip < task.strips)
+        with T.If(wanted), T.Then():
+            _prefetch(Out, [token, head, first], _FOR_WRITING)
+
+
+def find_tops(task: TileTask, w, block) -> None:
+    """top [m] in units of ln 2, -FLT_MAX without a visible key; base [m], what weights are powers
+    above. lanes [m] = 0.
+    """
+    low, zero = float32(-FLT_MAX), float32(0)
     best = T.alloc_buffer((2, SIDE), "float32", scope="local")
-    with T.serial(blocks * BLOCK) as m:
+    with T.serial(BLOCK) as r:
+        m = T.Bind(block * BLOCK + r)
         for side in range(2):
             none = tir.Broadcast(float32(float("-inf")), SIDE)
             T.buffer_store(best, none, [side, ramp(0, SIDE)])
@@ -44,47 +57,51 @@ def find_tops(task: TileTask, w, blocks) -> None:
                 T.buffer_store(best, top, [side, ramp(0, SIDE)])
         both = T.Bind(tir.max(*(load_lanes(best, [side, 0], SIDE) for side in range(2))))
         top = T.Bind(max_lanes(both))
-        none = top == float32(float("-inf"))
-        T.buffer_store(w.top, tir.Select(none, low, top * float32(task.factor)), [m])
+        none = T.Bind(top == float32(float("-inf")))
+        top = T.Bind(top * float32(task.factor))
+        T.buffer_store(w.top, tir.Select(none, low, top), [m])
+        T.buffer_store(w.base, tir.Select(none, zero, top), [m])
+        T.buffer_store(w.lanes, tir.Broadcast(zero, SIDE), [m, ramp(0, SIDE)])
 
 
-def weigh(task: TileTask, w, blocks, X, Out, token, h2, ahead) -> None:
-    """S = exp(S - M), P the same as pairs of bfloat16, total and inverse.
-
-    Asks for the row of the output, and for that of the queries of the next task.
+def weigh_rows(task: TileTask, w, group, first, rows) -> None:
+    """S = exp(S - M) of ``rows`` rows from ``first`` on and a group of keys, P the same as pairs of
+    terms; lanes [m] += sums.
     """
-    G = task.problem.group
-    low, zero = float32(-FLT_MAX), float32(0)
-    sums = T.alloc_buffer((2, SIDE), "float32", scope="local")
-    with T.serial(blocks * BLOCK) as m:
-        index = [token + m // G, h2 * G + m % G]
-        if task.wants_out:
-            with T.If(tir.Not(task.stream.wanted(Out))), T.Then():
-                _prefetch(Out, index, task.problem.value_size, _FOR_WRITING)
-        _prefetch(X, [index[0] + ahead, index[1]], task.problem.head_size, _FOR_READING)
-        base = T.Bind(tir.Select(w.top[m] == low, zero, w.top[m]))
+    with T.serial(rows) as r:
+        m = T.Bind(first + r)
+        base = w.base[m]
+        halves = []
         for side in range(2):
-            T.buffer_store(sums, tir.Broadcast(zero, SIDE), [side, ramp(0, SIDE)])
-        with T.serial(w.count[0]) as i:
-            (group,) = opaque("int32", [w.live[i]])
-            halves = []
-            for side in range(2):
-                index = [m, ramp(group * BLOCK + side * SIDE, SIDE)]
-                x = tir.BufferLoad(w.S, index) * tir.Broadcast(float32(task.factor), SIDE)
-                x = T.Bind(x - tir.Broadcast(base, SIDE))
-                weight = T.Bind(exp2_weight(x, task.unit, _DEGREE))
-                T.buffer_store(w.S, weight, index)
-                total = load_lanes(sums, [side, 0], SIDE) + weight
-                T.buffer_store(sums, total, [side, ramp(0, SIDE)])
-                halves.append(weight)
-            if task.wants_out:
-                index = [m, ramp(group * SIDE, SIDE)]
-                T.buffer_store(w.P, round_pairs_up(*halves), index)
-        both = T.Bind(load_lanes(sums, [0, 0], SIDE) + load_lanes(sums, [1, 0], SIDE))
-        total = T.Bind(sum_lanes(both))
+            index = [m, ramp(group * BLOCK + side * SIDE, SIDE)]
+            x = tir.BufferLoad(w.S, index) * tir.Broadcast(float32(task.factor), SIDE)
+            x = T.Bind(x - tir.Broadcast(base, SIDE))
+            weight = T.Bind(exp2_weight(x, task.unit, task.degree))
+            T.buffer_store(w.S, weight, index)
+            halves.append(weight)
+        total = load_lanes(w.lanes, [m, 0], SIDE) + (halves[0] + halves[1])
+        T.buffer_store(w.lanes, total, [m, ramp(0, SIDE)])
+        if task.wants_out:
+            for term, pairs in enumerate(task.weight_pairs(*halves)):
+                T.buffer_store(w.P, pairs, [term, m, ramp(group * SIDE, SIDE)])
+
+
+def add_weights(task: TileTask, w, block) -> None:
+    """total and inverse of a block of rows."""
+    zero = float32(0)
+    with T.serial(BLOCK) as r:
+        m = T.Bind(block * BLOCK + r)
+        total = T.Bind(sum_lanes(T.Bind(load_lanes(w.lanes, [m, 0], SIDE))))
         T.buffer_store(w.total, total, [m])
-        inverse = tir.Select(total > zero, float32(1) / total, zero)
-        T.buffer_store(w.inverse, inverse, [m])
+        T.buffer_store(w.inverse, tir.Select(total > zero, float32(1) / total, zero), [m])
+
+
+def weigh_block(task: TileTask, w, block) -> None:
+    """Weights of a block of rows, all at once."""
+    with T.serial(w.count[0]) as i:
+        (group,) = opaque("int64", [w.live[i]])
+        weigh_rows(task, w, group, block * BLOCK, BLOCK)
+    add_weights(task, w, block)
 
 
 def score_blocks(task: TileTask, w, Forced, row, t, keys) -> None:
@@ -144,8 +161,9 @@ def _add_heads(task: TileTask, w, row) -> None:
                 T.buffer_store(w.sums, total, at)
 
 
-def _prefetch(buffer: Buffer, index: list[Expr], size: int, how: tuple[int, ...]) -> None:
-    """Ask for a row of bfloat16."""
-    for first in range(0, size, x86_amx.ROW_BYTES // _HALF):
-        address = tir.address_of(buffer[(*index, first)])
+def _prefetch(buffer: Buffer, index: list[Expr], how: tuple[int, ...]) -> None:
+    """Ask for 32 elements."""
+    *row, first = index
+    for more in range(0, BLOCK, x86_amx.ROW_BYTES // _BYTES[str(buffer.dtype)]):
+        address = tir.address_of(buffer[(*row, first + more)])
         T.evaluate(tir.call_intrin("void", "tirx.prefetch", address, *how))
