@@ -48,12 +48,15 @@ def test_bfloat16_on_matrix_tiles(name):
     assert_matches(feeds, attrs, run(feeds, attrs, on("x86-amx")))
 
 
-@pytest.mark.parametrize("masked_rows", ["mean", "zero"])
-def test_hidden_groups_on_matrix_tiles(masked_rows):
+HIDDEN = [("mean", BF16), ("zero", BF16), ("mean", F32), ("zero", F16)]
+
+
+@pytest.mark.parametrize(("masked_rows", "dtype"), HIDDEN, ids=str)
+def test_hidden_groups_on_matrix_tiles(masked_rows, dtype):
     """Groups of keys that no row sees stand before, between and behind the others; of the second
     task one row sees nothing.
     """
-    feeds, attrs = make((40,), (301,), 4, 2, 16, 16, BF16, k=16, masked_rows=masked_rows)
+    feeds, attrs = make((40,), (301,), 4, 2, 16, 16, dtype, k=16, masked_rows=masked_rows)
     mask = np.ones((40, 301), bool)
     mask[:, 40:50] = mask[:, 120:121] = mask[1:, 200:231] = False
     mask[35] = True
@@ -65,6 +68,8 @@ def test_hidden_groups_on_matrix_tiles(masked_rows):
     ("target", "dtype"),
     [
         ("x86-amx", BF16),
+        ("x86-amx", F16),
+        ("x86-amx", F32),
         ("cooperlake", BF16),
         ("x86-avx512vnni", F16),
         ("x86-avx512vnni", F32),
@@ -118,10 +123,11 @@ def test_matrix_tiles_are_left_alone(target, change):
     assert "tdpbf16ps" not in listing(feeds, attrs | change, target)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32, F16], ids=str)
 @pytest.mark.parametrize("row", [0, 3, 15, 39])
-def test_a_row_of_nan_is_alone(row):
+def test_a_row_of_nan_is_alone(row, dtype):
     """Query rows share registers and tiles, not results."""
-    feeds, attrs = make((40,), (70,), 4, 1, 32, 32, BF16, atten="bool", k=4)
+    feeds, attrs = make((40,), (70,), 4, 1, 32, 32, dtype, atten="bool", k=4)
     module = compile_once(node_model(OP, feeds, **attrs), on("x86-amx"))
     expected = module.run(feeds)
     query = feeds["query"].copy()

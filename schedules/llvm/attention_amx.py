@@ -17,10 +17,11 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
+from ...relay_ops.attention import LOG2E
 from ..intrin import x86_amx
 from .attention_operands import BLOCK, HALF_BYTES, SIDE, OperandTask
 from .attention_task import opaque
-from .vector import LOG2E, constant, exp2_weight, float32, load_lanes, max_lanes, ramp
+from .vector import constant, exp2_weight, float32, load_lanes, max_lanes, ramp
 
 SLACK = 8.0
 """In units of ln 2: where weights of 2**8 do not matter."""

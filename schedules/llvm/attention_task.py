@@ -12,8 +12,8 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from ...relay_ops import attention
-from ...relay_ops.attention import Sequence
-from .vector import LOG2E, VectorUnit, float32, from_float32, load_lanes, to_float32
+from ...relay_ops.attention import LOG2E, Sequence
+from .vector import VectorUnit, float32, from_float32, load_lanes, to_float32
 
 if TYPE_CHECKING:
     from ...relay_ops.speed_fusion_attention import AttentionProblem

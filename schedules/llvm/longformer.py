@@ -34,9 +34,10 @@ from tvm.script import tirx as T
 from tvm.target import Target
 from tvm.tirx import PrimFunc
 
+from ...relay_ops.attention import LOG2E
 from . import longformer_amx, matrix_tiles
 from .inline import parsers_by_frames
-from .vector import LOG2E, exp2_nonpositive, from_float32, to_float32, vector_unit
+from .vector import exp2_nonpositive, from_float32, to_float32, vector_unit
 
 if TYPE_CHECKING:
     from ...relay_ops.qordered_longformer_attention import Problem

@@ -34,7 +34,7 @@ from ...relay_ops.quant import int8_cast
 from ..intrin import barrier, x86_amx
 from . import matrix_tiles
 from .attention import SPLIT_TASKS, AttentionConfig
-from .attention_amx import BLOCK
+from .attention_operands import BLOCK
 from .attention_row import RowTile
 from .attention_split import SplitTask
 from .attention_task import Task, opaque

@@ -11,8 +11,8 @@ probabilities: M x CmpSkv floats a thread, CmpSkv <= 14000; what selection needs
 and no product is computed twice. Groups of keys that the mask hides from all rows of a task are
 skipped, and nothing is computed behind the last group that one of them sees.
 
-Tasks are of one of two kinds: on matrix tiles of bfloat16 (``nsa_amx``), or on vectors
-(``nsa_vector``).
+Tasks are of one of two kinds: on matrix tiles of bfloat16 (``nsa_amx``, and ``nsa_split`` for other
+types), or on vectors (``nsa_vector``).
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from tvm.target import Target
 from tvm.tirx import PrimFunc
 
 from ..intrin import x86_amx, x86_bf16
-from . import nsa_amx
+from . import nsa_amx, nsa_split
 from .inline import parsers_by_frames
+from .nsa_amx import TileTask
 from .nsa_lengths import find_sequence, first_slot, guard, slots, start
 from .nsa_records import COPIES, row_clearing
+from .nsa_split import SplitTask
 from .nsa_vector import VectorTask
 from .vector import vector_unit
 
@@ -42,8 +44,9 @@ buffers are worth their allocation."""
 @parsers_by_frames()
 def attend_select(problem: Problem, target: Target) -> PrimFunc:
     """The kernel; its arguments are those of ``Problem``."""
-    tiled = nsa_amx.available(problem, target)
-    task = (nsa_amx.TileTask if tiled else VectorTask)(problem, target)
+    kind = _task_kind(problem, target)
+    tiled = issubclass(kind, TileTask)
+    task = kind(problem, target)
     p, SLOT, ROWS = problem, task.key_slot, task.query_rows
     N1, N2, D, DV = p.query_heads, p.key_heads, p.head_size, p.value_size
     mask_dtype, forced_dtype = p.atten_mask or "bool", p.topk_mask or "bool"
@@ -94,7 +97,7 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
             assert B >= 1, ("ValueError", [f"{p.label}: length lists: found none, allowed B >= 1"])
             check(QL, KL, SL, B, Tq, Tk, R, C, RF, CF)
 
-            packed = T.meta_var(task.allocate_packed(Tk, B))
+            packed = T.meta_var(task.allocate_packed(Keys, Values, B))
             for part in T.parallel(N2 * slots(Tk, B, SLOT)):
                 h2: T.int64 = part // slots(Tk, B, SLOT)
                 slot: T.int64 = part % slots(Tk, B, SLOT)
@@ -104,7 +107,7 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
                 row: T.int64 = start(KL, b) + (slot - first_slot(KL, b, SLOT)) * SLOT
                 # Keys of a sequence without queries may hold anything: nobody looks at them.
                 if row < KL[b] and start(QL, b) < QL[b]:
-                    pack_slot(*packed, Keys, Values, h2, slot, row, T.min(KL[b] - row, SLOT))
+                    pack_slot(packed, Keys, Values, h2, slot, row, T.min(KL[b] - row, SLOT))
 
             for part in T.parallel(N2 * T.min(slots(Tq, B, ROWS), _STRIPS)):
                 tasks: T.int64 = slots(Tq, B, ROWS)
@@ -125,9 +128,9 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
                     rows: T.int64 = T.min(QL[b] - q0 - t0, ROWS)
                     if rows > 0 and place < tasks:
                         attend(
-                            buffers, *packed, X, Mask, Forced, Max, Sum, Out, Indices,
-                            h2, first_slot(KL, b, SLOT), q0, QL[b] - q0, t0, rows,
-                            KL[b] - start(KL, b), ahead * ROWS,
+                            buffers, packed, X, Mask, Forced, Max, Sum, Out, Indices,
+                            h2, first_slot(KL, b, SLOT), start(KL, b), q0, QL[b] - q0, t0,
+                            rows, KL[b] - start(KL, b), ahead * ROWS,
                         )  # fmt: skip
                 task.end()
 
@@ -143,6 +146,12 @@ def attend_select(problem: Problem, target: Target) -> PrimFunc:
         "Indices": "topk_indices_out" in p.outputs,
     }
     return _without(attend_select, [name for name, kept in used.items() if not kept])
+
+
+def _task_kind(problem: Problem, target: Target) -> type[TileTask] | type[VectorTask]:
+    if nsa_amx.available(problem, target):
+        return TileTask
+    return SplitTask if nsa_split.available(problem, target) else VectorTask
 
 
 def _without(func: PrimFunc, names: list[str]) -> PrimFunc:

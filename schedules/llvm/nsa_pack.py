@@ -8,7 +8,7 @@ from .nsa_tile import Task
 
 
 def packing(task: Task):
-    """An inline ``pack_slot(K, V, Keys, Values, h2, slot, row, count)``: key slot ``slot``, of L
+    """An inline ``pack_slot(packed, Keys, Values, h2, slot, row, count)``: key slot ``slot``, of L
     keys, from ``count`` packed rows at ``row``.
 
     K [h2][slot * L + key][channel] and V [h2][panel][pair of keys][channel of the panel] hold
@@ -34,25 +34,25 @@ def packing(task: Task):
         return bits(row) | second << T.uint32(16)
 
     @T.inline
-    def pack_slot(K, V, Keys, Values, h2, slot, row, count):
+    def pack_slot(packed, Keys, Values, h2, slot, row, count):
         for i in range(count):
             for part in range(whole // L):
-                K[h2, slot * L + i, T.ramp(part * L, 1, L)] = pairs(
+                packed.K[h2, slot * L + i, T.ramp(part * L, 1, L)] = pairs(
                     Keys, (row + i, h2), part * L, L
                 )
             for c in range(whole // L * L, channels):
-                K[h2, slot * L + i, c] = pair(Keys, (row + i, h2), c)
+                packed.K[h2, slot * L + i, c] = pair(Keys, (row + i, h2), c)
         if PANELS > 0:
             for i in range(T.ceildiv(count, STEP)):
                 for panel in range(PANELS):
                     if panel * WIDTH + WIDTH <= DV:
                         for c in T.vectorized(WIDTH):
-                            V[h2, panel, slot * (L // STEP) + i, c] = value(
+                            packed.V[h2, panel, slot * (L // STEP) + i, c] = value(
                                 Values, row + i * STEP, h2, panel * WIDTH + c, row + count - 1
                             )
                     else:
                         for c in range(WIDTH):
-                            V[h2, panel, slot * (L // STEP) + i, c] = T.if_then_else(
+                            packed.V[h2, panel, slot * (L // STEP) + i, c] = T.if_then_else(
                                 panel * WIDTH + c < DV,
                                 value(
                                     Values, row + i * STEP, h2, panel * WIDTH + c, row + count - 1

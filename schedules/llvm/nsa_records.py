@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from tvm.script import tirx as T
 
+from ...relay_ops.attention import LN2
 from .nsa_tile import FLT_MAX
-from .vector import LN2, VectorUnit, from_float32
+from .vector import VectorUnit, from_float32
 
 if TYPE_CHECKING:
     from ...relay_ops.nsa_compress_attention import Problem

@@ -20,18 +20,11 @@ import tvm.tirx as tir
 from tvm.script import tirx as T
 from tvm.target import Target
 
-from ...relay_ops.attention import times
+from ...relay_ops.attention import LOG2E, times
 from ..intrin import x86_bf16
 from .nsa_stream import OutputStream
 from .transpose import transpose_square
-from .vector import (
-    LOG2E,
-    exp2_weight,
-    from_float32,
-    load_lanes,
-    to_float32,
-    vector_unit,
-)
+from .vector import exp2_weight, from_float32, load_lanes, to_float32, vector_unit
 
 if TYPE_CHECKING:
     from ...relay_ops.nsa_compress_attention import Problem

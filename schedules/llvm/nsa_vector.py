@@ -52,14 +52,15 @@ class VectorTask(Task):
         """After them."""
         self.stream.end()
 
-    def allocate_packed(self, key_tokens: Expr, sequences: Expr) -> tuple[Buffer, Buffer]:
+    def allocate_packed(self, Keys: Buffer, Values: Buffer, sequences: Expr) -> SimpleNamespace:
         """K and V of ``pack``."""
         t, N2 = self.tiles, self.problem.key_heads
-        rows = slots(key_tokens, sequences, t.lanes) * t.lanes
+        rows = slots(Keys.shape[0], sequences, t.lanes) * t.lanes
         # Tiles of scores read up to a whole group of keys, and do not use the rest.
-        K = ir.alloc_buffer((N2, rows + t.group, self.channels), self.factor)
-        V = ir.alloc_buffer((N2, self.panels, rows // self.step, t.panel), self.factor)
-        return K, V
+        return SimpleNamespace(
+            K=ir.alloc_buffer((N2, rows + t.group, self.channels), self.factor),
+            V=ir.alloc_buffer((N2, self.panels, rows // self.step, t.panel), self.factor),
+        )
 
     def pack(self):
         return packing(self)
@@ -103,12 +104,13 @@ def most_groups(task: Task, key_tokens: Expr) -> Expr:
 
 
 def _attending(task: Task):
-    """An inline ``attend(w, K, V, X, Mask, Forced, Max, Sum, Out, Indices, h2, slot, q0, length,
-    t0, rows, keys, ahead)``: ``rows`` query rows from t0 on of the sequence that has ``length`` of
-    them from packed row q0 on, and ``keys`` keys from ``slot`` on; all heads of key head h2.
+    """An inline ``attend(w, packed, X, Mask, Forced, Max, Sum, Out, Indices, h2, slot, k0, q0,
+    length, t0, rows, keys, ahead)``: ``rows`` query rows from t0 on of the sequence that has
+    ``length`` of them from packed row q0 on, and ``keys`` keys from ``slot`` on, from packed row k0
+    on where they come from; all heads of key head h2.
 
-    w holds the buffers of ``allocate``. The thread's next task is ``ahead`` query rows further on,
-    unless a sequence ends.
+    w holds the buffers of ``allocate``, packed those of ``allocate_packed``. The thread's next task
+    is ``ahead`` query rows further on, unless a sequence ends.
     """
     p, t = task.problem, task.tiles
     G, L, M, GROUP, KEYS = p.group, t.lanes, t.height, t.group, t.keys
@@ -271,8 +273,7 @@ def _attending(task: Task):
     @T.inline
     def attend(
         w,
-        K,
-        V,
+        packed,
         X,
         Mask,
         Forced,
@@ -282,6 +283,7 @@ def _attending(task: Task):
         Indices,
         h2,
         slot,
+        k0,
         q0,
         length,
         t0,
@@ -294,7 +296,7 @@ def _attending(task: Task):
         find_live(w.live, w.last, w.hide, w.some, keys)
         load_queries(w.Q, X, q0 + t0, rows, h2)
         score_groups(
-            w.Q, K, w.S, w.top, w.caps, w.live, Mask, h2, slot * L, t0, rows, w.last[0], keys
+            w.Q, packed.K, w.S, w.top, w.caps, w.live, Mask, h2, slot * L, t0, rows, w.last[0], keys
         )
         if has_mask and not p.zero_masked_rows:
             uncover(w.S, w.top, w.live, w.last, keys)
@@ -318,7 +320,7 @@ def _attending(task: Task):
                             if chunk == 0:
                                 fetch_queries(X, q0 + t0 + ahead, h2, block, panel)
                             value_tile(
-                                w.E, V, w.O, Out, w.inverse, w.runs, w.count[0], h2,
+                                w.E, packed.V, w.O, Out, w.inverse, w.runs, w.count[0], h2,
                                 slot * (L // STEP), panel, block, first * GROUP,
                                 end == groups, q0 + t0, rows,
                             )  # fmt: skip

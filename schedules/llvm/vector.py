@@ -17,7 +17,7 @@ from tvm.target import Target
 from tvm.target.codegen import target_has_features
 from tvm.tirx.script.builder import ir as T
 
-LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
+from ...relay_ops.attention import LOG2E
 
 # exp(r) = 1 + r + r*r*P(r) for |r| <= ln(2)/2, relative error 2e-7 (Cephes expf).
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
