@@ -16,6 +16,15 @@ def test_decode(N2, dtype):
 
 
 @pytest.mark.parametrize("mcpu", ["x86-64", "haswell", "skylake-avx512"])
+@pytest.mark.parametrize("S2", [1, 23, 32, 96, 1059])
+def test_decode_in_stripes(S2, mcpu):
+    """Keys that do not fill a tile, that fill some, and what is left of them; in parts as well."""
+    feeds = qkv(B=2, N1=3, N2=1, S1=2, S2=S2, D=24, dtype=F32, layout="SBH")
+    target = {"kind": "llvm", "mcpu": on(mcpu)}
+    check(feeds, target=target, head_num=3, input_layout="SBH", scale=0.25)
+
+
+@pytest.mark.parametrize("mcpu", ["x86-64", "haswell", "skylake-avx512"])
 @pytest.mark.parametrize(("group", "D"), [(2, 33), (3, 40), (5, 272), (7, 96), (11, 16)])
 def test_decode_of_groups(group, D, mcpu):
     """Heads of a group share their keys: sums of a step that are no power of two, strips of D that
