@@ -20,7 +20,8 @@ The memory of a thread is O(C * D + R * D), whatever S1 and S2 are.
 Where the target multiplies matrix tiles (AMX) or pairs (AVX512-BF16) of bfloat16, bfloat16 tasks
 take these instructions in both products (``attention_amx``, ``attention_bf16``), and float32 and
 float16 tasks take matrix tiles by bfloat16 terms (``attention_split``); few query rows go row by
-row (``attention_row``).
+row (``attention_row``), those of large groups of heads in bfloat16 by matrix tiles
+(``attention_row_amx``).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from ..intrin import barrier, bits, x86_amx, x86_bf16
 from .attention_amx import TileTask
 from .attention_bf16 import PairTile
 from .attention_row import RowTile
+from .attention_row_amx import MOST_HEADS, TILE_KEYS, TILE_STRIPES, HeadsTile, takes_heads
 from .attention_split import SplitTask, may_refuse, splits
 from .attention_task import opaque
 from .attention_tile import Tile
@@ -193,6 +195,17 @@ def _tile_config(problem: AttentionProblem, config: AttentionConfig) -> Attentio
     return replace(config, groups=groups)
 
 
+def _heads_config(problem: AttentionProblem, config: AttentionConfig) -> AttentionConfig:
+    heads = _heads(problem, MOST_HEADS)
+    return replace(
+        config,
+        keys=TILE_KEYS,
+        heads=heads,
+        stripes=_stripes(problem, TILE_STRIPES),
+        parts=_parts(problem, problem.N1 // heads),
+    )
+
+
 OPERATOR = "SpeedFusionAttention"
 """What a message about the machine names, instead of the node: layers that differ in their names
 alone share one kernel.
@@ -232,8 +245,11 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
     config = configure(problem, unit)
     whole = problem.dtype == "bfloat16"
     tiles = _has_matrix_tiles(unit, target) and (whole or splits(problem.dtype, problem.scale))
+    row_kind = RowTile
     if tiles and not _goes_by_rows(problem, unit):
         config = _tile_config(problem, config)
+    elif tiles and takes_heads(problem, _heads(problem, MOST_HEADS)):
+        row_kind, config = HeadsTile, _heads_config(problem, config)
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name("speed_fusion_attention")
@@ -247,9 +263,11 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
             parts = (problem, config, unit, buffers, _scalars(problem, buffers))
             divide = _packed_tasks if problem.layout == "TND" else _batch_tasks
             kind, sources = _products(problem, config, target, tiles)
-            tile, row_tile = kind(*parts), RowTile(*parts)
+            if row_kind is HeadsTile:
+                sources.append(x86_amx.SOURCE)
+            tile, row_tile = kind(*parts), row_kind(*parts)
             with T.attr(0, x86_bf16.IMPORT, "".join(sources)) if sources else nullcontext():
-                if issubclass(kind, TileTask):
+                if issubclass(kind, TileTask) or row_kind is HeadsTile:
                     _assert(x86_amx.permitted(), f"{OPERATOR}: {x86_amx.REFUSED}", "RuntimeError")
                 if config.parts > 1:
                     row_tile.allocate_parts(B)

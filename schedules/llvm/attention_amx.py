@@ -312,7 +312,7 @@ class TileTask(PairTile):
         if self.keys_in_place:
             with T.If(first + BLOCK <= self.at.S2):
                 with T.Then():
-                    multiply(in_place, self._key_stride())
+                    multiply(in_place, self.key_pitch())
                 with T.Else():
                     multiply(staged, self.depth * _HALF)
         else:
@@ -320,13 +320,6 @@ class TileTask(PairTile):
         for tile in range(4):
             score = self.scores[block * BLOCK + side * (tile // 2), side * (tile % 2)]
             store_tile(tile, score, c.width * _WORD)
-
-    def _key_stride(self) -> Expr:
-        """Bytes from one key to the next."""
-        p, key = self.problem, self.buffers["key"]
-        heads = 1 if p.layout == "BNSD" else p.N2
-        batch = key.shape[1] if p.layout == "SBH" else tir.const(1, "int64")
-        return batch.astype("int64") * tir.const(heads * p.D * _HALF, "int64")
 
     def _settle(self, tops: tir.Buffer, r0: Expr, j0: Expr, block: Expr, masked: bool) -> None:
         """Scores of a block in their final form, and their maxima by ``unroll`` keys in flight."""
