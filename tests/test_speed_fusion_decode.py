@@ -57,7 +57,7 @@ def test_decode_of_groups(group, D, mcpu):
 
 @pytest.mark.parametrize("S2", [1, 31, 32, 77, 128, 1059])
 @pytest.mark.parametrize(
-    ("group", "D", "S1", "layout"), [(4, 128, 1, "BNSD"), (5, 96, 3, "SBH"), (16, 32, 2, "BSND")]
+    ("group", "D", "S1", "layout"), [(8, 128, 1, "BNSD"), (5, 96, 3, "SBH"), (16, 32, 2, "BSND")]
 )
 def test_decode_of_groups_on_matrix_tiles(S2, group, D, S1, layout):
     """Keys that are no block, that end inside one, that fill a tile, in stripes and in parts; heads
@@ -85,9 +85,9 @@ def test_decode_of_groups_on_matrix_tiles_by_pairs(S2, extra):
 
 def test_decode_of_groups_on_matrix_tiles_at_the_ends_of_bfloat16():
     """Scores of 1e9, of which one wins, and one of minus infinity."""
-    feeds = qkv(B=1, N1=4, N2=1, S1=1, S2=300, D=64, dtype=BF16)
+    feeds = qkv(B=1, N1=8, N2=1, S1=1, S2=300, D=64, dtype=BF16)
     feeds["key"] = (feeds["key"].astype(F32) * 1e9).astype(BF16)
-    attrs = {"head_num": 4, "input_layout": "BNSD", "scale": 1.0, "target": on("x86-amx")}
+    attrs = {"head_num": 8, "input_layout": "BNSD", "scale": 1.0, "target": on("x86-amx")}
     check(feeds, **attrs)
     feeds["key"][0, 0, 3] = -np.inf
     feeds["query"] = np.abs(feeds["query"]) + BF16.type(1)
@@ -95,7 +95,7 @@ def test_decode_of_groups_on_matrix_tiles_at_the_ends_of_bfloat16():
     check(feeds, outputs=("softmax_max", "softmax_sum"), **attrs)
 
 
-@pytest.mark.parametrize(("group", "tiles"), [(3, False), (4, True)])
+@pytest.mark.parametrize(("group", "tiles"), [(4, False), (5, True)])
 def test_matrix_tiles_multiply_groups_of_heads(group, tiles):
     feeds = qkv(B=1, N1=group, N2=1, S1=1, S2=256, D=64, dtype=BF16)
     module = build(feeds, target="x86-amx", head_num=group, input_layout="BNSD", scale=0.125)
