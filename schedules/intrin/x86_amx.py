@@ -52,14 +52,15 @@ done:
   ret i32 %result
 }
 
-define internal i32 @opferry_amx_configure(i64 %rows_of_tiles) alwaysinline {
+define internal i32 @opferry_amx_configure(i64 %rows_of_tiles, i64 %first_bytes, i64 %more_bytes)
+    alwaysinline {
   %block = alloca [8 x i64], align 64
   store [8 x i64] zeroinitializer, ptr %block
   store i64 1, ptr %block
   %bytes = getelementptr i64, ptr %block, i64 2
-  store i64 18014673391583296, ptr %bytes
+  store i64 %first_bytes, ptr %bytes
   %more = getelementptr i64, ptr %block, i64 3
-  store i64 18014673391583296, ptr %more
+  store i64 %more_bytes, ptr %more
   %heights = getelementptr i64, ptr %block, i64 6
   store i64 %rows_of_tiles, ptr %heights
   call void @llvm.x86.ldtilecfg(ptr %block)
@@ -109,7 +110,23 @@ def configure(rows: Expr, lower: int = 6) -> Expr:
     """
     ones = sum(1 << 8 * tile for tile in range(lower))
     others = sum(ROWS << 8 * tile for tile in range(lower, TILES))
-    return tir.call_extern("int32", "opferry_amx_configure", rows * _int64(ones) + _int64(others))
+    return _configure(rows * _int64(ones) + _int64(others), {})
+
+
+def shape(shapes: dict[int, tuple[int, int]]) -> Expr:
+    """Tiles have so many rows and bytes of a row; those that are not named have 16 and 64."""
+    rows = dict.fromkeys(range(TILES), ROWS) | {tile: rows for tile, (rows, _) in shapes.items()}
+    packed = sum(count << 8 * tile for tile, count in rows.items())
+    return _configure(_int64(packed), {tile: width for tile, (_, width) in shapes.items()})
+
+
+def _configure(rows: Expr, row_bytes: dict[int, int]) -> Expr:
+    widths = dict.fromkeys(range(TILES), ROW_BYTES) | row_bytes
+    half = TILES // 2
+    first, more = (
+        _int64(sum(widths[start + k] << 16 * k for k in range(half))) for start in (0, half)
+    )
+    return tir.call_extern("int32", "opferry_amx_configure", rows, first, more)
 
 
 def release() -> Expr:

@@ -20,14 +20,14 @@ The memory of a thread is O(C * D + R * D), whatever S1 and S2 are.
 Where the target multiplies matrix tiles (AMX) or pairs (AVX512-BF16) of bfloat16, bfloat16 tasks
 take these instructions in both products (``attention_amx``, ``attention_bf16``), and float32 and
 float16 tasks take matrix tiles by bfloat16 terms (``attention_split``); few query rows go row by
-row (``attention_row``).
+row (``attention_row``), those of large groups of heads in bfloat16 by matrix tiles
+(``attention_row_amx``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import tvm.tirx as tir
@@ -42,162 +42,28 @@ from ..intrin import barrier, bits, x86_amx, x86_bf16
 from . import matrix_tiles
 from .attention_amx import TileTask
 from .attention_bf16 import PairTile
-from .attention_operands import HALF_BYTES
+from .attention_config import (
+    AttentionConfig,
+    configure,
+    goes_by_rows,
+    group_heads,
+    heads_config,
+    tile_config,
+)
 from .attention_row import RowTile
-from .attention_split import TERMS, SplitTask, may_refuse, splits
+from .attention_row_amx import MOST_HEADS, HeadsTile, takes_heads
+from .attention_split import SplitTask, may_refuse, splits
 from .attention_task import opaque
 from .attention_tile import Tile
-from .vector import VectorUnit, vector_unit
+from .vector import vector_unit
 
 if TYPE_CHECKING:
     from ...relay_ops.speed_fusion_attention import AttentionProblem
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Tile sizes. The register tile holds ``unroll x vectors`` accumulators."""
-
-    lanes: int
-    vectors: int
-    """Registers of query rows: a group is W = lanes * vectors rows."""
-    unroll: int
-    """Keys of a score tile, elements of D of an output tile."""
-    groups: int
-    """Groups per task: they share one conversion of the keys and values."""
-    keys: int
-    """C, a multiple of ``unroll`` and ``lanes``."""
-    repeats: int
-    """Steps of a product's reduction in the body of its loop."""
-    few: int
-    """Up to this many rows a task goes row by row."""
-    staged_tiles: int = 1
-    """Tiles of C keys that are made ready together where matrix tiles multiply them."""
-    heads: int = 1
-    """H, heads that a task takes when it goes row by row: a divisor of N1 / N2."""
-    row_sums: int = 8
-    """Accumulators of a task that goes row by row; at least ``heads``."""
-    parts: int = 1
-    """P, tasks that share out the keys of a row when all tasks go row by row."""
-
-    def __post_init__(self) -> None:
-        if self.keys % self.unroll or self.keys % self.lanes:
-            raise ValueError(
-                f"AttentionConfig: keys: found {self.keys}, "
-                f"allowed multiples of {self.unroll} and {self.lanes}"
-            )
-        if self.heads > self.row_sums:
-            raise ValueError(
-                f"AttentionConfig: heads: found {self.heads}, allowed 1 to {self.row_sums}"
-            )
-
-    @property
-    def width(self) -> int:
-        return self.lanes * self.vectors
-
-    @property
-    def keys_together(self) -> int:
-        """Keys of a step of a task that goes row by row: a power of two, few enough for the
-        hardware to follow.
-        """
-        return 1 << (min(8, self.row_sums // self.heads).bit_length() - 1)
-
-    @property
-    def rows(self) -> int:
-        return self.width * self.groups
-
-
-def configure(problem: AttentionProblem, unit: VectorUnit) -> AttentionConfig:
-    """16 or 12 accumulators, which hide the latency of two multiply-add units; 24 for long heads,
-    whose keys and values leave the first-level cache and are then read less often; tiles of a size
-    that leaves keys, values and queries in the second-level cache.
-    """
-    wide = unit.registers == 32
-    large = problem.D > 256
-    long = (
-        wide
-        and 96 < problem.D <= 256
-        and not (isinstance(problem.S1, int) and problem.S1 < LONG_ROWS)
-    )
-    keys = {True: 64, False: 48}[wide] if large else {True: 128, False: 96}[wide]
-    few = unit.lanes // 2
-    heads = parts = 1
-    if problem.layout != "TND" and isinstance(problem.S1, int) and few >= problem.S1:
-        group = problem.N1 // problem.N2
-        heads = max(h for h in range(1, min(group, 8 if wide else 4) + 1) if group % h == 0)
-        parts = _parts(problem, problem.N1 // heads, keys)
-    return AttentionConfig(
-        lanes=unit.lanes,
-        vectors=3 if long else 2,
-        repeats=4,
-        unroll=8 if wide else 6,
-        groups=(1 if large else 2) * 16 // unit.lanes,
-        keys=keys,
-        few=few,
-        heads=heads,
-        row_sums=16 if wide else 8,
-        parts=parts,
-    )
-
-
-LONG_ROWS = 512
-"""From so many query rows on, what the higher tile of the last task computes in vain is little."""
-WIDE_TASKS = 64
-"""Tasks that leave the cores of most machines a share of equal size; of matrix tiles."""
-SPLIT_TASKS = 24
-"""The same where elements are split into terms: fewer, for each splits the keys and values."""
-
-
-STAGED_BYTES = 3 << 17
-"""Of keys and values that are made ready together, at most: a part of a second-level cache."""
-
-
-def _tile_config(problem: AttentionProblem, config: AttentionConfig) -> AttentionConfig:
-    """Where matrix tiles multiply, what makes keys and values ready is a larger part: a task has
-    more groups. The first-level cache holds what a tile of keys works on.
-
-    A row of a bias or a mask is then read in short pieces. If all groups of a task came between two
-    of them, so would lines of as many pages as the task has rows, which fall into few sets of the
-    second-level cache: with many tiles made ready together a group reads on in its rows.
-    """
-    split = problem.dtype != "bfloat16"
-    small = split or problem.D <= 64
-    keys = min(config.keys, 64 if small else 128)
-    config = replace(config, vectors=2, unroll=4, keys=keys)
-    groups = (16 if split else 8) // (1 if problem.D <= 256 else 2)
-    tasks = SPLIT_TASKS if split else WIDE_TASKS
-    sequences = 1 if problem.layout == "TND" else problem.B
-    if isinstance(sequences, int) and isinstance(problem.S1, int):
-        if not split and problem.D <= 128:
-            groups = 32
-        rows = sequences * problem.N1 * problem.S1
-        groups = matrix_tiles.groups(groups, config.width, rows, tasks)
-    by_pair = problem.pse == "rows" or problem.mask
-    tiles = 1
-    if groups > 2 and (by_pair or (not split and small)):
-        key_bytes = 2 * problem.D * (TERMS[problem.dtype] if split else 1) * HALF_BYTES
-        tiles = 1 << max((STAGED_BYTES // (key_bytes * keys)).bit_length() - 1, 0)
-    return replace(config, groups=groups, staged_tiles=tiles)
-
 
 OPERATOR = "SpeedFusionAttention"
 """What a message about the machine names, instead of the node: layers that differ in their names
 alone share one kernel.
 """
-ROW_TASKS = 32
-"""Tasks that occupy the cores of any machine well enough; row by row."""
-PART_TILES = 2
-"""Least number of key tiles that are worth a task."""
-
-
-def _parts(problem: AttentionProblem, shares: int, keys: int) -> int:
-    """P for this many tasks a batch entry. An unknown batch may be 1, unknown keys many."""
-    tasks = shares * (problem.B if isinstance(problem.B, int) else 1)
-    parts = -(-ROW_TASKS // max(tasks, 1))
-    if isinstance(problem.S2, int):
-        parts = min(parts, problem.S2 // (keys * PART_TILES))
-    return max(parts, 1)
-
-
 Task = tuple[Sequence, Expr, Expr, Expr]
 """Sequence, head, first query row, part of the keys."""
 
@@ -210,8 +76,11 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
     config = configure(problem, unit)
     whole = problem.dtype == "bfloat16"
     tiles = matrix_tiles.available(target) and (whole or splits(problem.dtype, problem.scale))
-    if tiles:
-        config = _tile_config(problem, config)
+    row_kind = RowTile
+    if tiles and not goes_by_rows(problem, unit):
+        config = tile_config(problem, config)
+    elif tiles and takes_heads(problem, group_heads(problem, MOST_HEADS)):
+        row_kind, config = HeadsTile, heads_config(problem, config)
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name("speed_fusion_attention")
@@ -225,9 +94,11 @@ def build_attention(problem: AttentionProblem, target: Target) -> tir.PrimFunc:
             parts = (problem, config, unit, buffers, _scalars(problem, buffers))
             divide = _packed_tasks if problem.layout == "TND" else _batch_tasks
             kind, sources = _products(problem, config, target, tiles)
-            tile, row_tile = kind(*parts), RowTile(*parts)
+            if row_kind is HeadsTile:
+                sources.append(x86_amx.SOURCE)
+            tile, row_tile = kind(*parts), row_kind(*parts)
             with T.attr(0, x86_bf16.IMPORT, "".join(sources)) if sources else nullcontext():
-                if issubclass(kind, TileTask):
+                if issubclass(kind, TileTask) or row_kind is HeadsTile:
                     _assert(x86_amx.permitted(), f"{OPERATOR}: {x86_amx.REFUSED}", "RuntimeError")
                 if config.parts > 1:
                     row_tile.allocate_parts(B)

@@ -220,7 +220,7 @@ class TileTask(OperandTask):
         if self.keys_in_place:
             with T.If(first + BLOCK <= self.at.S2):
                 with T.Then():
-                    multiply(in_place, self._key_stride())
+                    multiply(in_place, self.key_pitch())
                 with T.Else():
                     multiply(staged, self.depth * HALF_BYTES)
         else:

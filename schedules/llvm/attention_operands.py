@@ -159,10 +159,3 @@ class OperandTask(PairTile):
                 for k in range(L):
                     index = [block * self.depth + first + (2 * k + odd), ramp(0, L)]
                     T.buffer_store(self.value_tile, load_lanes(square, [k, 0], L), index)
-
-    def _key_stride(self) -> Expr:
-        """Bytes from one key to the next."""
-        p, key = self.problem, self.buffers["key"]
-        heads = 1 if p.layout == "BNSD" else p.N2
-        batch = key.shape[1] if p.layout == "SBH" else tir.const(1, "int64")
-        return batch.astype("int64") * tir.const(heads * p.D * HALF_BYTES, "int64")

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import tvm.tirx as tir
 from tvm import DataType
@@ -35,6 +36,33 @@ from .vector import (
 _LINE_BITS = 512
 _FOR_READING = (0, 2, 1)
 """Operands of ``llvm.prefetch``: read, into the second-level cache, data."""
+
+
+@dataclass(frozen=True)
+class KeyTile:
+    """Keys that a row takes at a time: one after the other, or in turn from stripes of all its
+    keys, for memory brings more from several places at once.
+    """
+
+    first: Expr
+    count: Expr
+    following: Expr
+    """First key of the next tile."""
+    apart: Expr | int = 0
+    """Keys from one stripe to the next."""
+    along: Expr | int = 1
+    """Keys from one of a stripe to its next."""
+    stripes: int = 1
+
+    def key(self, k: Expr) -> Expr:
+        """Number of the tile's k-th key."""
+        if self.stripes == 1:
+            return self.first + k
+        return self.first + k % self.stripes * self.apart + k // self.stripes * self.along
+
+    def next_key(self, j: Expr) -> Expr:
+        """What key j of this tile is in the next."""
+        return j + (self.following - self.first)
 
 
 class RowTile(Task):
@@ -71,15 +99,15 @@ class RowTile(Task):
             seen = self.interval(i, i)
             if c.parts > 1:
                 seen = self._share(seen)
-            tiles = (tir.max(seen.last + 1 - seen.first, 0) + (c.keys - 1)) // c.keys
-            with T.serial(tiles) as tile:
-                j0, count = self.tile_of_keys(seen, tile)
-                self._products(j0, count)
+            total = T.Bind(tir.max(seen.last + 1 - seen.first, 0))
+            with T.serial((total + (c.keys - 1)) // c.keys) as tile:
+                keys = self._tile_of_stripes(seen.first, total, tile)
+                self._products(keys)
                 with T.serial(H) as h:
                     self.n = first_head + h
-                    self._softmax(h, r, i, j0, count)
+                    self._softmax(h, r, i, keys)
                 if self.wants_output:
-                    self._add_values(j0, count)
+                    self._add_values(keys)
             with T.serial(H) as h:
                 self.n = first_head + h
                 self._finish_row(h, r)
@@ -91,6 +119,29 @@ class RowTile(Task):
         length = T.Bind((tiles + (c.parts - 1)) // c.parts * c.keys)
         first = seen.first + self.part * length
         return attention.Interval(*opaque("int32", [first, tir.min(seen.last, first + length - 1)]))
+
+    def _tile_of_stripes(self, first: Expr, total: Expr, tile: Expr) -> KeyTile:
+        """Of ``total`` keys from ``first`` on, those of a tile: some of each stripe, or, of the
+        last keys, which do not fill a tile, all.
+        """
+        c, stripes = self.config, self.config.stripes
+        if stripes == 1:
+            j0 = first + tile * c.keys
+            j0, count = opaque("int32", [j0, tir.min(c.keys, total - tile * c.keys)])
+            return KeyTile(j0, count, j0 + c.keys)
+        run = c.keys // stripes
+        whole = T.Bind(total // c.keys)
+        inside = T.Bind(tile < whole)
+        j0 = first + tir.Select(inside, tile * run, whole * c.keys)
+        following = first + tir.Select(tile + 1 < whole, (tile + 1) * run, total)
+        values = [
+            j0,
+            tir.Select(inside, c.keys, total - whole * c.keys),
+            following,
+            tir.Select(inside, whole * run, 1),
+            tir.Select(inside, 1, stripes),
+        ]
+        return KeyTile(*opaque("int32", values), stripes)
 
     def _each_d(self, statement) -> None:
         """statement(d) for the whole row: vectors, then the rest one by one."""
@@ -116,15 +167,16 @@ class RowTile(Task):
         index = attention.element(p.layout, p.D, at.b, self.n, at.query_start + i, d)
         return to_float32(self.buffers["query"][tuple(index)], self.unit)
 
-    def _products(self, j0: Expr, count: Expr) -> None:
+    def _products(self, tile: KeyTile) -> None:
         """scores[h][j] = query h . key j, some keys at a time; the last key is read again for
         those beyond ``count``. The values of the same keys are asked for meanwhile.
         """
         p, c = self.problem, self.config
         H, L, strips, together = c.heads, c.lanes, p.D // c.lanes, c.keys_together
+        last = tile.count - 1
         places = [(h, k) for h in range(H) for k in range(together)]
-        with T.serial((count + (together - 1)) // together) as step:
-            keys = [T.Bind(j0 + tir.min(step * together + k, count - 1)) for k in range(together)]
+        with T.serial((tile.count + (together - 1)) // together) as step:
+            keys = [T.Bind(tile.key(tir.min(step * together + k, last))) for k in range(together)]
             acc = T.alloc_buffer((len(places), L), scope="local")
             for slot in range(len(places)):
                 with T.vectorized(L) as v:
@@ -168,11 +220,14 @@ class RowTile(Task):
         for k in range(lines):
             d = (share * lines + k) * line
             index = attention.element(p.layout, p.D, at.b, self.g, at.key_start + j, d)
-            address = tir.address_of(self.buffers[name][tuple(index)])
-            T.evaluate(tir.call_intrin("void", "tirx.prefetch", address, *_FOR_READING))
+            self._prefetch(name, index)
 
-    def _softmax(self, h: Expr, r: Expr, i: Expr, j0: Expr, count: Expr) -> None:
-        p, c, at = self.problem, self.config, self.at
+    def _prefetch(self, name: str, index: Sequence[Expr]) -> None:
+        address = tir.address_of(self.buffers[name][tuple(index)])
+        T.evaluate(tir.call_intrin("void", "tirx.prefetch", address, *_FOR_READING))
+
+    def _softmax(self, h: Expr, r: Expr, i: Expr, tile: KeyTile) -> None:
+        p, c, at, count = self.problem, self.config, self.at, tile.count
         L = c.lanes
         strips = T.Bind((count + (L - 1)) // L)
         lanes = T.alloc_buffer((L,), scope="local")
@@ -181,7 +236,7 @@ class RowTile(Task):
         slope = self.slope()
         with T.serial(strips) as strip, T.vectorized(L) as v:
             key = strip * L + v
-            j = tir.min(j0 + key, at.S2 - 1)
+            j = tir.min(tile.key(key), at.S2 - 1)
             x = self.score(self.scores[h, key], self._row_bias(slope, i, j))
             allowed = key < count
             if p.mask:
@@ -202,7 +257,7 @@ class RowTile(Task):
             w = T.Bind(exp2_nonpositive(x))
             T.buffer_store(lanes, lanes[v] + w, [v])
             if draws is not None:
-                w = tir.Select(self.keep(draws, v, r, j0 + key), w, float32(0))
+                w = tir.Select(self.keep(draws, v, r, tile.key(key)), w, float32(0))
             T.buffer_store(self.scores, w, [h, key])
         total = self.state[h, 1] * self.state[h, 2] + sum_lanes(load_lanes(lanes, [0], L))
         T.buffer_store(self.state, total, [h, 1])
@@ -216,9 +271,9 @@ class RowTile(Task):
             return self.bias_element(0, j)
         return None if p.pse is None else self.generated_bias(slope, i, j)
 
-    def _add_values(self, j0: Expr, count: Expr) -> None:
-        """output = output * correction + weights @ values, some strips of D at a time. The keys of
-        the next tile are asked for meanwhile.
+    def _add_values(self, tile: KeyTile, first_key: Expr | int = 0) -> None:
+        """output = output * correction + weights @ values, some strips of D at a time, from
+        ``first_key`` of the tile on. The keys of the next tile are asked for meanwhile.
         """
         p, L, c = self.problem, self.config.lanes, self.config
         strips = p.D // L
@@ -226,23 +281,23 @@ class RowTile(Task):
         if strips:
             whole = strips // width
             with T.serial(whole) as block:
-                self._add_strips(j0, count, block * width, width, (block, whole))
+                self._add_strips(tile, first_key, block * width, width, (block, whole))
             if strips % width:
-                self._add_strips(j0, count, whole * width, strips % width)
+                self._add_strips(tile, first_key, whole * width, strips % width)
         if p.D % L:
             acc = T.alloc_buffer((1,), scope="local")
             with T.serial(c.heads) as h, T.serial(p.D % L) as tail:
                 d = strips * L + tail
                 T.buffer_store(acc, self.output[h, d] * self.state[h, 2], [0])
-                with T.serial(count) as j:
-                    product = self.scores[h, j] * self.kv("value", j0 + j, d)
+                with T.serial(first_key, tile.count) as k:
+                    product = self.scores[h, k] * self.kv("value", tile.key(k), d)
                     T.buffer_store(acc, acc[0] + product, [0])
                 T.buffer_store(self.output, acc[0], [h, d])
 
     def _add_strips(
         self,
-        j0: Expr,
-        count: Expr,
+        tile: KeyTile,
+        first_key: Expr | int,
         first: Expr | int,
         width: int,
         share: tuple[Expr, int] | None = None,
@@ -258,14 +313,15 @@ class RowTile(Task):
             with T.vectorized(L) as v:
                 value = self.output[h, (first + strip) * L + v] * self.state[h, 2]
                 T.buffer_store(acc, value, [slot, v])
-        with T.serial(count) as j:
-            weights = [T.Bind(self.scores[h, j]) for h in range(H)]
+        with T.serial(first_key, tile.count) as k:
+            j = T.Bind(tile.key(k))
+            weights = [T.Bind(self.scores[h, k]) for h in range(H)]
             for slot, (h, strip) in places:
                 with T.vectorized(L) as v:
-                    product = weights[h] * self.kv("value", j0 + j, (first + strip) * L + v)
+                    product = weights[h] * self.kv("value", j, (first + strip) * L + v)
                     T.buffer_store(acc, acc[slot, v] + product, [slot, v])
             if share:
-                self._ask_for("key", j0 + j + self.config.keys, *share)
+                self._ask_for("key", tile.next_key(j), *share)
         for slot, (h, strip) in places:
             with T.vectorized(L) as v:
                 T.buffer_store(self.output, acc[slot, v], [h, (first + strip) * L + v])

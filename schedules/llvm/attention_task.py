@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import tvm.tirx as tir
+from tvm import DataType
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
@@ -17,7 +18,7 @@ from .vector import VectorUnit, float32, from_float32, load_lanes, to_float32
 
 if TYPE_CHECKING:
     from ...relay_ops.speed_fusion_attention import AttentionProblem
-    from .attention import AttentionConfig
+    from .attention_config import AttentionConfig
 
 
 def opaque(dtype: str, values: list[int | Expr]) -> list[Expr]:
@@ -85,6 +86,14 @@ class Task:
         p, at = self.problem, self.at
         index = attention.element(p.layout, p.D, at.b, self.g, at.key_start + j, d)
         return to_float32(self.buffers[name][tuple(index)], self.unit)
+
+    def key_pitch(self) -> Expr:
+        """Bytes from one key to the next."""
+        p, key = self.problem, self.buffers["key"]
+        heads = 1 if p.layout == "BNSD" else p.N2
+        batch = key.shape[1] if p.layout == "SBH" else tir.const(1, "int64")
+        row = heads * p.D * DataType(p.dtype).bits // 8
+        return batch.astype("int64") * tir.const(row, "int64")
 
     def mask_bit(self, i: Expr, j: Expr) -> Expr:
         """int32, not 0 where atten_mask drops the pair."""

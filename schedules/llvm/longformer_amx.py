@@ -33,7 +33,7 @@ from ...relay_ops.orders import COLS
 from ...relay_ops.quant import int8_cast
 from ..intrin import barrier, x86_amx
 from . import matrix_tiles
-from .attention import SPLIT_TASKS, AttentionConfig
+from .attention_config import SPLIT_TASKS, AttentionConfig
 from .attention_operands import BLOCK
 from .attention_row import RowTile
 from .attention_split import SplitTask
