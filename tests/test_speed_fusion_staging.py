@@ -1,6 +1,9 @@
-"""SpeedFusionAttention with many query rows a task and more keys than are made ready together."""
+"""SpeedFusionAttention on matrix tiles with many query rows a task, and more keys than are made
+ready together (bfloat16, or a bias or a mask).
+"""
 
 import pytest
+from hosts import on
 from speed_fusion_cases import BF16, CAUSAL, F16, F32, build, judge, normal, qkv, random_mask, run
 
 B, N1, S1, S2, D = 2, 2, 70, 1100, 40
@@ -35,5 +38,5 @@ def test_staged_tiles(dtype, mode):
         feeds["atten_mask"][5] = True
     attrs = ATTRS | MODES[mode]
     outputs = ["attention_out"] if "bias" in mode else ["attention_out", "softmax_sum"]
-    module = build(feeds, symbolic=symbolic, outputs=outputs, **attrs)
+    module = build(feeds, target=on("x86-amx"), symbolic=symbolic, outputs=outputs, **attrs)
     judge(run(module, feeds), feeds, attrs)

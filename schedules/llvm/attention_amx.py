@@ -60,7 +60,7 @@ class TileTask(OperandTask):
     def only_dropped(self) -> bool:
         """What the mask allows is as the product leaves it."""
         p = self.problem
-        return p.mask and p.band is None and self.unscaled and self.words_end_steps
+        return p.mask and p.band is None and self.unscaled
 
     @property
     def bias_keys(self) -> int:
@@ -132,7 +132,7 @@ class TileTask(OperandTask):
         r = tir.Select(same_rows, group, tir.Select(same_keys, group + 1, 0)) * c.width
         keys = tir.Select(same_keys, 0, self.staged_keys)
         j = j0 + tir.Select(same_rows, (tile + 1) * c.keys, keys)
-        self.coming = opaque("int32", [r, j]) if self.problem.pse == "rows" else None
+        self.coming = opaque("int32", [r, j])
 
     def _ask_for_part(self, part: int, turn: Expr, turns: int) -> None:
         """What a coming tile reads from memory is asked for while weights are taken, and where
@@ -141,7 +141,7 @@ class TileTask(OperandTask):
         width = self.config.width
         ends = 0, width // 2 if self.terms > 1 else 0, width
         rows = range(*ends[part : part + 2])
-        if self.coming and rows:
+        if rows:
             self._ask_ahead(*self.coming, turn, turns, rows)
 
     def _rows(

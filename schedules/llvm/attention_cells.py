@@ -13,7 +13,6 @@ from tvm import DataType
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from ...relay_ops import attention
 from ..intrin import bits
 from .attention_task import Task
 from .transpose import transpose_square
@@ -50,28 +49,16 @@ class CellTask(Task):
         Its rows lie far apart, which hardware does not foresee. What lies beyond the tensor does no
         harm.
         """
-        p = self.problem
-        if p.pse == "rows":
-            pse, plane = self.buffers["pse"], self._bias_plane()
-            self._ask_for(pse, plane, r, j, turn, turns, part)
-
-    def _ask_for(
-        self,
-        tensor: tir.Buffer,
-        plane: list[attention.Index],
-        r: Expr,
-        j: Expr,
-        turn: Expr,
-        turns: int,
-        part: range,
-    ) -> None:
-        elements = _LINE_BITS // DataType(tensor.dtype).bits
+        if self.problem.pse != "rows":
+            return
+        pse, plane = self.buffers["pse"], self._bias_plane()
+        elements = _LINE_BITS // DataType(pse.dtype).bits
         lines = -(-self.config.keys // elements)
         share = -(-len(part) * lines // turns)
         for k in range(share):
             line = turn * share + k
             i = self.i0 + r + (part.start + line // lines)
-            address = tir.address_of(tensor[(*plane, i, j + line % lines * elements)])
+            address = tir.address_of(pse[(*plane, i, j + line % lines * elements)])
             T.evaluate(tir.call_intrin("void", "tirx.prefetch", address, *_FOR_READING))
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from . import matrix_tiles
-from .attention_operands import HALF_BYTES
+from .attention_operands import BLOCK, HALF_BYTES
 from .attention_row_amx import MOST_HEADS, TILE_KEYS, TILE_STRIPES
 from .attention_split import TERMS
 from .vector import VectorUnit
@@ -191,7 +191,8 @@ def tile_config(problem: AttentionProblem, config: AttentionConfig) -> Attention
     by_pair = problem.pse == "rows" or problem.mask
     tiles = 1
     if groups > 2 and (by_pair or (not split and small)):
-        key_bytes = 2 * problem.D * (TERMS[problem.dtype] if split else 1) * HALF_BYTES
+        depth = -(-problem.D // BLOCK) * BLOCK
+        key_bytes = 2 * depth * (TERMS[problem.dtype] if split else 1) * HALF_BYTES
         tiles = 1 << max((STAGED_BYTES // (key_bytes * keys)).bit_length() - 1, 0)
     return replace(config, groups=groups, staged_tiles=tiles)
 

@@ -26,6 +26,7 @@ SIDE = x86_amx.ROWS
 BLOCK = 2 * SIDE
 """Keys, query rows, elements of D of a product: two tiles each way."""
 HALF_BYTES = 2
+"""Of bfloat16."""
 
 
 class OperandTask(PairTile):

@@ -11,9 +11,9 @@ they in float32 while no element reaches `LIMIT`: what a score misses is then fa
 values, multiplied by `VALUE_SCALE`, are far above. A task that meets a larger element says so
 (`refused`), and is done again by multiply-adds.
 
-Buffers as in ``attention_amx``, once for each term, one term behind the other: queries uint32
-[terms * groups * E/2][W]; weights uint32 [terms * C/2][W]; values uint32 [terms * C/32 * E][16];
-keys uint16 [terms * C][E].
+Buffers as in ``attention_operands``, once for each term, one term behind the other: queries uint32
+[terms * groups * E/2][W]; weights uint32 [terms * C/2][W]; values uint32 [terms * K/32 * E][16];
+keys uint16 [terms * K][E].
 """
 
 from __future__ import annotations
