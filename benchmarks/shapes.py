@@ -15,11 +15,12 @@ import numpy as np
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-COLD_BYTES = 128 << 20
-"""What has to come from memory is at least so much: weights or keys and values of several layers in
-turn. More would be surer where a server's last-level cache holds that, but each layer is a session
-of its own in some libraries, whose threads then disturb each other.
+COLD_CACHE_BYTES = 512 << 20
+"""Keys and values that have to come from memory are at least so many, those of several layers in
+turn: more than the 480 MiB that the last-level cache of a large server holds.
 """
+COLD_WEIGHT_BYTES = 128 << 20
+"""The same of weights: fewer, for each layer is a module to compile."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Matmul:
     @property
     def copies(self) -> int:
         """Weights in turn."""
-        return math.ceil(COLD_BYTES / (self.N * self.K)) if self.cold else 1
+        return math.ceil(COLD_WEIGHT_BYTES / (self.N * self.K)) if self.cold else 1
 
 
 INSTRUCTION = {
@@ -179,7 +180,7 @@ class Attention:
     @property
     def copies(self) -> int:
         """Inputs in turn: decoding a token, every layer has keys and values of its own."""
-        return math.ceil(COLD_BYTES / self.cache_bytes) if self.S1 == 1 else 1
+        return math.ceil(COLD_CACHE_BYTES / self.cache_bytes) if self.S1 == 1 else 1
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def test_cold_work_is_bytes_of_copies_that_no_cache_holds():
     p = Matmul(1, 4096, 4096, "int8", cold=True)
     assert (p.work, p.copies) == ({"read": 2**24}, 8)
     p = Attention(1, 32, 8, 1, 4096, 128, "bf16")
-    assert (p.work, p.copies) == ({"read": 2 * 8 * 4096 * 128 * 2}, 8)
+    assert (p.work, p.copies) == ({"read": 2 * 8 * 4096 * 128 * 2}, 32)
     assert Matmul(1, 4096, 4096, "int8").copies == 1
 
 
